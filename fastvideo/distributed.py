@@ -1,0 +1,102 @@
+"""Processes: who am I, which device do I own, how do I draw random numbers, how do I stop."""
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+class UserError(ValueError):
+    """Something the user can mend. Its message is the whole story: it names the file or flag, and both values that disagree."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among all processes.
+
+    rank: 0 to world_size - 1.
+    world_size: number of processes; each holds its own share of an iteration's prompts.
+    device: the device this process computes on.
+    """
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def launch_rank() -> int:
+    """The rank that torchrun gave this process (0 under plain python); usable before `init`."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def init(timeout_minutes: float = 30) -> Ranks:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this process's place in it.
+
+    Works under torchrun and under plain python, where the group has one member. `timeout_minutes` bounds every collective, so a lost
+    process ends the job instead of hanging it.
+    """
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    backend, timeout = ("nccl" if on_gpu else "gloo"), timedelta(minutes=timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Call `main`; a `UserError` becomes one sentence on stderr, from rank 0 only, and exit code 2. Other errors keep their traceback."""
+    try:
+        main()
+    except UserError as error:
+        if launch_rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(2)  # torchrun ends all processes when the first one exits: let rank 0 speak before that
+        sys.exit(2)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def raise_everywhere(error: UserError | None) -> None:
+    """Collective. If any process brings an error, every process raises the first one, so that all stop together and rank 0 can say why."""
+    messages = all_gather_object(None if error is None else str(error))
+    for message in messages:
+        if message is not None:
+            raise UserError(message) from error
+
+
+def all_gather_object(value: object) -> list:
+    """Collective. `value` of every process, in rank order; for small Python objects."""
+    gathered = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, value)
+    return gathered
+
+
+def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Collective. Equal-shaped `rows` (n, ...) of every process, concatenated in rank order: (world_size * n, ...)."""
+    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered)
+
+
+def keyed_generator(seed: int, purpose: str, *key: int) -> torch.Generator:
+    """A CPU generator that depends on its key alone, never on the rank or on earlier draws.
+
+    The same (seed, purpose, key) gives the same numbers on any number of processes, at any batch size, and after a resume.
+    """
+    digest = hashlib.blake2b(repr((seed, purpose, *key)).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

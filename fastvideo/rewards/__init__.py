@@ -1,0 +1,97 @@
+"""Rewards: `REWARDS` maps a name to a loader; a loaded reward maps media and prompt rows to one number a sample.
+
+To add one, write a file beside this one with a loader and enter it in `REWARDS` (docs/rewards.md has an example).
+
+A loader is called as `load(path, device)`, where `path` is what the user wrote after "=" (None if nothing), and returns a reward:
+`reward(media, rows) -> (B,) tensor`, higher is better.
+    media: float32 in [-1, 1], images (B, 3, H, W) or clips (B, 3, frames, H, W), on `device`.
+    rows: B dicts, one a sample, with "prompt" and whatever further fields the prompt file had.
+"""
+
+import re
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastvideo.distributed import UserError
+from fastvideo.rewards.clip import load_clip
+from fastvideo.rewards.shapes import load_aesthetic, load_shapes, load_shapes_strict
+
+Reward = Callable[[torch.Tensor, list[dict]], torch.Tensor]
+
+REWARDS: dict[str, Callable[[str | None, torch.device], Reward]] = {
+    "shapes": load_shapes,
+    "shapes_strict": load_shapes_strict,
+    "aesthetic": load_aesthetic,
+    "clip": load_clip,
+}
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """One `NAME[=PATH][@THRESHOLD]` from the command line."""
+
+    name: str
+    path: str | None = None
+    threshold: float | None = None
+
+
+def parse_rewards(texts: list[str]) -> list[RewardSpec]:
+    """`["clip=shapes/models/clip@0.3"]` -> `[RewardSpec("clip", "shapes/models/clip", 0.3)]`.
+
+    Raises UserError for an unknown or repeated name, or a threshold that is no number.
+    """
+    specs = []
+    for text in texts:
+        match = re.fullmatch(r"(?P<name>[^=@]+)(=(?P<path>.+?))?(@(?P<threshold>[^@/]+))?", text)
+        if match is None or match["name"] not in REWARDS:
+            raise UserError(f"--rewards: unknown reward {text!r}; known names are {', '.join(REWARDS)}, written as NAME[=PATH][@THRESHOLD]")
+        try:
+            threshold = None if match["threshold"] is None else float(match["threshold"])
+        except ValueError:
+            raise UserError(f"--rewards: the threshold {match['threshold']!r} in {text!r} is not a number") from None
+        if match["name"] in [spec.name for spec in specs]:
+            raise UserError(f"--rewards: {match['name']!r} is given twice")
+        specs.append(RewardSpec(match["name"], match["path"], threshold))
+    return specs
+
+
+def load_rewards(specs: list[RewardSpec], device: torch.device) -> dict[str, Reward]:
+    """Load each reward onto `device`, with its threshold applied: 1 above it, else 0 (the paper's binary reward)."""
+    return {spec.name: _with_threshold(REWARDS[spec.name](spec.path, device), spec.threshold) for spec in specs}
+
+
+def _with_threshold(reward: Reward, threshold: float | None) -> Reward:
+    if threshold is None:
+        return reward
+
+    def binary(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
+        values = reward(media, rows)
+        return torch.where(values.isfinite(), (values > threshold).to(values.dtype), values)  # a NaN stays one, to be reported
+
+    return binary
+
+
+def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> dict[str, torch.Tensor]:
+    """Each reward's scores of a batch: name -> (B,) float32 on the CPU.
+
+    media: (B, 3, H, W) or (B, 3, frames, H, W) in [-1, 1]. rows: B prompt rows.
+    Raises UserError where a reward raises, returns another shape than (B,) or anything not finite: nothing is replaced by a default.
+    """
+    scores = {}
+    for name, reward in rewards.items():
+        try:
+            values = reward(media, rows).detach().float().cpu()
+        except Exception as error:
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{frame.filename}, line {frame.lineno}"
+            raise UserError(f"reward {name!r} failed on a batch of {len(rows)}: {type(error).__name__}: {error} ({where})") from error
+        if values.shape != (len(rows),):
+            raise UserError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(rows)} samples; it must be ({len(rows)},)")
+        for value, row in zip(values.tolist(), rows):
+            if not torch.isfinite(torch.tensor(value)):
+                raise UserError(f"reward {name!r} is {value} for a sample of the prompt {row['prompt']!r}")
+        scores[name] = values
+    return scores
