@@ -49,6 +49,7 @@ def init(timeout_minutes: float = 30) -> Ranks:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     backend, timeout = ("nccl" if on_gpu else "gloo"), timedelta(minutes=timeout_minutes)
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it under plain python too
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:

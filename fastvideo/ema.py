@@ -1,0 +1,48 @@
+"""Exponential moving average of the weights, on the shards that each process updates: nothing is ever gathered."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from deepspeed import DeepSpeedEngine
+from safetensors.torch import load_file, save_file
+
+from fastvideo.zero import master_shards, refresh_weights
+
+
+class EMA:
+    """Averages the float32 master weights: average = decay * average + (1 - decay) * weights, at each `update`."""
+
+    def __init__(self, engine: DeepSpeedEngine, decay: float):
+        self.engine = engine
+        self.decay = decay
+        self.shards = [shard.clone() for shard in master_shards(engine)]
+
+    def update(self) -> None:
+        torch._foreach_lerp_(self.shards, master_shards(self.engine), 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Collective. Inside, the network runs with the averaged weights; on leaving, with its own again."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for average, live in zip(self.shards, master_shards(self.engine)):
+            kept = live.clone()
+            live.copy_(average)
+            average.copy_(kept)
+        refresh_weights(self.engine)
+
+    def save(self, path: Path) -> None:
+        save_file({str(index): shard for index, shard in enumerate(self.shards)}, path)
+
+    def load(self, path: Path) -> None:
+        saved = load_file(path)
+        assert len(saved) == len(self.shards), f"{path} has {len(saved)} shards, the engine {len(self.shards)}"
+        for index, shard in enumerate(self.shards):
+            shard.copy_(saved[str(index)])

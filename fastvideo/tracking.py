@@ -1,0 +1,170 @@
+"""What a run leaves to read: metrics.jsonl, TensorBoard or wandb, the manifest, the reward curve; and its timers."""
+
+import importlib.metadata
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fastvideo.distributed import Ranks, UserError
+from fastvideo.files import whole_file
+
+PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "peft", "safetensors")
+
+
+class Tracker:
+    """Writes metrics of each iteration to `output_dir/metrics.jsonl` and to the chosen trackers. Silent on all ranks but 0.
+
+    trackers: any of "tensorboard" (under `output_dir/tensorboard`) and "wandb" (its environment variables apply).
+    resumed_iteration: lines and events after it are dropped: those iterations are about to be done again.
+    """
+
+    def __init__(self, output_dir: Path, trackers: list[str], config: dict[str, Any], resumed_iteration: int, ranks: Ranks):
+        self.active = ranks.is_main
+        self.path = output_dir / "metrics.jsonl"
+        self.tensorboard = self.wandb = None
+        if not self.active:
+            return
+        if self.path.exists():
+            self._rewind(resumed_iteration)
+        if "tensorboard" in trackers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.tensorboard = SummaryWriter(output_dir / "tensorboard", purge_step=resumed_iteration + 1)
+        if "wandb" in trackers:
+            try:
+                import wandb
+            except ImportError as error:
+                raise UserError("--trackers wandb needs the package wandb: pip install wandb") from error
+            self.wandb = wandb.init(project="fastvideo", dir=output_dir, config=config, id=output_dir.name, resume="allow")
+
+    def _rewind(self, iteration: int) -> None:
+        kept = []
+        for line in self.path.read_text().splitlines():
+            try:
+                metrics = json.loads(line)
+            except json.JSONDecodeError:
+                break  # cut off by a kill in the middle of the line: its iteration is done again
+            if metrics["iteration"] <= iteration:
+                kept.append(line)
+        with whole_file(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept))
+
+    def log(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Append one iteration's numbers; on disk when this returns."""
+        if not self.active:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        if self.tensorboard is not None:
+            for name, value in metrics.items():
+                self.tensorboard.add_scalar(name, value, iteration)
+        if self.wandb is not None:
+            self.wandb.log(metrics, step=iteration)
+
+    def log_picture(self, iteration: int, name: str, path: Path) -> None:
+        """Show a PNG that was written to the run folder in the trackers too."""
+        if self.tensorboard is not None:
+            with Image.open(path) as image:
+                pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+                self.tensorboard.add_image(name, pixels.view(image.height, image.width, 3), iteration, dataformats="HWC")
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({name: wandb.Image(str(path))}, step=iteration)
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+class Timer:
+    """Seconds spent under each name: `with timer("rollout"): ...`, then `timer.seconds`."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        start = _now()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + _now() - start
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory_gib() -> float:
+    """Peak GPU memory of this process in GiB; without a GPU, its peak resident memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return kibibytes / 2**20
+
+
+def write_manifest(output_dir: Path, script: str, arguments: dict[str, Any], sampling: dict[str, Any], ranks: Ranks) -> None:
+    """`output_dir/manifest.json`: what was run, with what, and the sampling settings that evaluation should use. Rank 0 only."""
+    if not ranks.is_main:
+        return
+    root = Path(script).resolve().parent
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    manifest = {
+        "script": Path(script).name,
+        "command": sys.argv,
+        "arguments": arguments,
+        "sampling": sampling,
+        "git": git.stdout.strip() or None,
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "world_size": ranks.world_size,
+        "device": str(ranks.device.type),
+        "source": Path(script).read_text(),
+    }
+    with whole_file(output_dir / "manifest.json") as temporary:
+        temporary.write_text(json.dumps(manifest, indent=2))
+
+
+def read_metrics(output_dir: Path) -> list[dict[str, float]]:
+    """The objects of `output_dir/metrics.jsonl`, in order."""
+    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def plot_rewards(output_dir: Path, window: int = 10) -> Path:
+    """Draw `output_dir/rewards.png`: each reward's training mean by iteration, thin, and its moving average over `window`, thick."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    metrics = read_metrics(output_dir)
+    names = [key for key in metrics[0] if key.startswith("reward/") and key.endswith("_mean")]
+    figure, axes = pyplot.subplots(len(names), 1, figsize=(7, 3 * len(names)), squeeze=False, sharex=True)
+    iterations = [row["iteration"] for row in metrics]
+    for axis, name in zip(axes[:, 0], names):
+        values = torch.tensor([row[name] for row in metrics])
+        averages = [values[max(0, i - window + 1) : i + 1].mean() for i in range(len(values))]
+        axis.plot(iterations, values, alpha=0.3)
+        axis.plot(iterations, averages)
+        axis.set_ylabel(name.removeprefix("reward/").removesuffix("_mean"))
+    axes[-1, 0].set_xlabel("iteration")
+    figure.tight_layout()
+    path = output_dir / "rewards.png"
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    pyplot.close(figure)
+    return path

@@ -1,0 +1,112 @@
+"""DeepSpeed ZeRO: configuration from a few numbers, the engine, and access to the weights that it shards."""
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed
+from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.utils import logger as deepspeed_logger
+
+deepspeed_logger.setLevel("ERROR")
+# Only a faster all-reduce inside one CPU host, for which DeepSpeed would run the compiler for a minute at the first start.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def initialize(
+    model: nn.Module,
+    *,
+    stage: int,
+    offload: bool,
+    dtype: torch.dtype,
+    learning_rate: float,
+    weight_decay: float,
+    lr_multiplier: Callable[[int], float],
+    max_grad_norm: float,
+    micro_batch_size: int,
+    accumulation_steps: int,
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap `model` and an AdamW over its trainable parameters in a DeepSpeed engine.
+
+    stage: ZeRO stage 0 (nothing sharded), 1 (optimizer state), 2 (+ gradients) or 3 (+ parameters).
+    offload: keep the optimizer's state, and take its step, on the CPU (stages 1 to 3).
+    dtype: what the network computes in; with bfloat16 the master weights and accumulated gradients are float32.
+    lr_multiplier: update index (from 0) -> factor of `learning_rate`.
+    max_grad_norm: gradients are clipped to this global norm; 0 means not at all.
+    accumulation_steps: micro-batches an update.
+
+    Gradients are averaged over all processes. The process group must exist.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer_class = DeepSpeedCPUAdam if offload else torch.optim.AdamW
+    optimizer = optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)
+    zero = {"stage": stage}
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps,
+        "gradient_clipping": max_grad_norm,  # always set: DeepSpeed clips to 1.0 where the key is missing
+        "zero_optimization": zero,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_multiplier)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
+    return engine
+
+
+def backward_and_step(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> float | None:
+    """Collective. Backward of one micro-batch; on the last of an update also the optimiser step.
+
+    loss: this micro-batch's part of the update's loss, already weighted: the parts are summed, not averaged.
+    Returns the global gradient norm before clipping after a step, None between steps.
+    """
+    engine.backward(loss, scale_wrt_gas=False)
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    norm = None
+    if engine.zero_optimization_stage() == 0:  # DeepSpeed reports no norm there; the gradients are averaged by now
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return float(engine.get_global_grad_norm() if norm is None else norm)
+
+
+def master_shards(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
+    """Live float32 views of the trainable weights that this process updates: its shard at stages 1 to 3, all of them at stage 0."""
+    for attribute in (
+        "single_partition_of_fp32_groups",  # stages 1 and 2
+        "fp32_groups_flat_partition",  # stage 1 in bfloat16
+        "fp32_partitioned_groups_flat",  # stage 3
+    ):
+        if hasattr(engine.optimizer, attribute):
+            return [shard.data for shard in getattr(engine.optimizer, attribute)]
+    return [parameter.data for parameter in engine.module.parameters() if parameter.requires_grad]
+
+
+def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
+    """Collective. Make the network run with what stands in `master_shards`."""
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        for group in range(len(optimizer.fp16_groups)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        if optimizer.persistent_parameters:
+            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+    elif engine.zero_optimization_stage() > 0:
+        optimizer.update_lp_params()
+
+
+def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
+    """Collective. The network's whole state dict on the CPU of rank 0, {} elsewhere; gathers one tensor at a time at stage 3."""
+    is_main = engine.global_rank == 0
+    state = {}
+    for name, tensor in engine.module.state_dict(keep_vars=True).items():
+        with deepspeed.zero.GatheredParameters([tensor] if hasattr(tensor, "ds_id") else []):
+            if is_main:
+                state[name] = tensor.detach().cpu().clone()
+    return state
