@@ -1,0 +1,90 @@
+"""CLIP score: cosine similarity of a picture and its prompt, by any CLIPModel folder in transformers' format."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from fastvideo.distributed import UserError
+
+RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
+
+
+def load_clip(path: str | None, device: torch.device) -> Callable[[torch.Tensor, list[dict]], torch.Tensor]:
+    """The reward: cosine in [-1, 1], (B,). `path`: a folder with a CLIPModel, its tokenizer and its preprocessor_config.json."""
+    model, tokenizer, config = load_clip_folder(path, device)
+    length = model.config.text_config.max_position_embeddings
+
+    @torch.no_grad()
+    def reward(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
+        prompts = [row["prompt"] for row in rows]
+        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").to(device)
+        text = model.get_text_features(**tokens).pooler_output
+        image = model.get_image_features(pixel_values=preprocess(media.to(device), config)).pooler_output
+        return F.cosine_similarity(image, text)
+
+    return reward
+
+
+def load_clip_folder(path: str | None, device: torch.device) -> tuple:
+    """Model (float32, frozen, in evaluation mode), tokenizer and the preprocessing's settings of a CLIP folder."""
+    if path is None:
+        raise UserError("--rewards: clip needs a folder with a CLIP model, written as clip=FOLDER")
+    if not Path(path).is_dir():
+        raise UserError(f"--rewards: clip={path}: there is no such folder")
+    from transformers import AutoTokenizer, CLIPModel
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        config, _ = ImageProcessingMixin.get_image_processor_dict(path, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        model, report = CLIPModel.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
+    except Exception as error:  # transformers raises all sorts: OSError, KeyError, SafetensorError, ...
+        raise UserError(f"--rewards: clip={path} can't be read as a CLIP folder: {type(error).__name__}: {error}") from error
+    if report["missing_keys"]:
+        raise UserError(
+            f"--rewards: clip={path} lacks {len(report['missing_keys'])} of CLIP's weights, such as {sorted(report['missing_keys'])[0]}"
+        )
+    return model.to(device).eval().requires_grad_(False), tokenizer, config
+
+
+def preprocess(images: torch.Tensor, config: dict) -> torch.Tensor:
+    """What CLIP's image processor does, on tensors: (B, 3, H, W) in [-1, 1] -> (B, 3, h, w), resized, cropped and normalised by `config`.
+
+    transformers resizes 8-bit pictures by PIL; this resizes floats with antialiasing, which differs by rounding only.
+    """
+    images = images.float() / 2 + 0.5
+    if config.get("do_resize", True):
+        images = _resize(images, config)
+    if config.get("do_center_crop", True):
+        images = _center_crop(images, config["crop_size"])
+    if config.get("do_normalize", True):
+        mean, std = (torch.tensor(config[key], device=images.device).view(3, 1, 1) for key in ("image_mean", "image_std"))
+        images = (images - mean) / std
+    return images
+
+
+def _resize(images: torch.Tensor, config: dict) -> torch.Tensor:
+    """To size["shortest_edge"] keeping the aspect ratio, or to size["height"] x size["width"]; an integer is a shortest edge."""
+    size, (height, width) = config["size"], images.shape[2:]
+    if isinstance(size, int):
+        size = {"shortest_edge": size}
+    if "shortest_edge" in size:
+        edge = size["shortest_edge"]
+        target = (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
+    else:
+        target = (size["height"], size["width"])
+    if target == (height, width):
+        return images
+    mode = RESAMPLING[config.get("resample", 3)]
+    return F.interpolate(images, target, mode=mode, antialias=mode != "nearest-exact").clamp(0, 1)
+
+
+def _center_crop(images: torch.Tensor, size: dict | int) -> torch.Tensor:
+    """The middle of the images; where they are smaller than `size`, zeros are added around them."""
+    crop_height, crop_width = (size, size) if isinstance(size, int) else (size["height"], size["width"])
+    height, width = images.shape[2:]
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    # negative padding crops
+    return F.pad(images, (-left, left - width + crop_width, -top, top - height + crop_height))
