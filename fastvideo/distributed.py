@@ -7,9 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+
+
+T = TypeVar("T")
 
 
 class UserError(ValueError):
@@ -72,12 +76,29 @@ def run(main: Callable[[], None]) -> None:
         dist.destroy_process_group()
 
 
+def warn(message: str) -> None:
+    """One line on stderr, from rank 0 only."""
+    if launch_rank() == 0:
+        print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def raise_everywhere(error: UserError | None) -> None:
     """Collective. If any process brings an error, every process raises the first one, so that all stop together and rank 0 can say why."""
     messages = all_gather_object(None if error is None else str(error))
     for message in messages:
         if message is not None:
             raise UserError(message) from error
+
+
+def together(function: Callable[[], T]) -> T:
+    """Collective. Call `function` on every process and return its value; if it raises UserError on any, raise the first one on all."""
+    value = error = None
+    try:
+        value = function()
+    except UserError as raised:
+        error = raised
+    raise_everywhere(error)
+    return value
 
 
 def all_gather_object(value: object) -> list:

@@ -22,5 +22,6 @@ def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, **opti
         raise UserError(f"--model: {path} cannot be loaded as {model_class.__name__}: {str(error).strip().splitlines()[0]}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
-            raise UserError(f"--model: the weights in {path} do not fit its config: {kind.replace('_', ' ')} {sorted(map(str, info[kind]))[:3]}")
+            names = ", ".join(sorted(map(str, info[kind]))[:3])
+            raise UserError(f"--model: the weights in {path} do not fit its config: {kind.replace('_', ' ')} {names}")
     return model

@@ -10,7 +10,7 @@ A loader is called as `load(path, device)`, where `path` is what the user wrote 
 
 import re
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +38,13 @@ class RewardSpec:
     threshold: float | None = None
 
 
-def parse_rewards(texts: list[str]) -> list[RewardSpec]:
+def parse_rewards(texts: Sequence[str]) -> list[RewardSpec]:
     """`["clip=shapes/models/clip@0.3"]` -> `[RewardSpec("clip", "shapes/models/clip", 0.3)]`.
 
     Raises UserError for an unknown or repeated name, or a threshold that is no number.
     """
+    if not texts:
+        raise UserError("--rewards needs at least one reward")
     specs = []
     for text in texts:
         match = re.fullmatch(r"(?P<name>[^=@]+)(=(?P<path>.+?))?(@(?P<threshold>[^@/]+))?", text)
@@ -95,3 +97,15 @@ def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> 
                 raise UserError(f"reward {name!r} is {value} for a sample of the prompt {row['prompt']!r}")
         scores[name] = values
     return scores
+
+
+def group_statistics(group_rewards: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Metrics of rewards name -> (P, G), a row of samples for each prompt: means, spread within rows, and the share of rows in which
+    no reward tells the samples apart, which teach nothing."""
+    metrics = {}
+    for name, values in group_rewards.items():
+        metrics[f"reward/{name}_mean"] = values.double().mean().item()
+        metrics[f"reward/{name}_group_std"] = values.double().std(1).mean().item()
+    flat = torch.stack([values.amax(1) == values.amin(1) for values in group_rewards.values()])
+    metrics["reward/zero_std_frac"] = flat.all(0).double().mean().item()
+    return metrics
