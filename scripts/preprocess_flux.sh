@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Encode a prompt file for FLUX.1-dev on all GPUs of this machine, in bfloat16. From any folder:
+#   MODEL=/path/to/FLUX.1-dev PROMPTS=prompts.txt OUTPUT_DIR=data/flux_embeddings scripts/preprocess_flux.sh [flags of preprocess/embed_flux.py]
+# A killed run continues when started again. NUM_GPUS limits the number of processes.
+set -euo pipefail
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+torchrun --standalone --nproc_per_node "${NUM_GPUS:-gpu}" "$repository/preprocess/embed_flux.py" \
+  --model "${MODEL:?set MODEL to the FLUX.1-dev folder}" \
+  --prompts "${PROMPTS:?set PROMPTS to a .txt or .jsonl prompt file}" \
+  --output_dir "${OUTPUT_DIR:?set OUTPUT_DIR to the folder of the cache}" \
+  --max_sequence_length 512 \
+  --batch_size 32 \
+  --shard_size 64 \
+  --dtype bfloat16 \
+  "$@"
