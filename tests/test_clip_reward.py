@@ -1,0 +1,101 @@
+"""The CLIP reward: its preprocessing, its folder, and what the embedded CLIP knows of the shapes world."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessorPil
+
+from fastvideo.distributed import UserError
+from fastvideo.rewards.clip import load_clip, preprocess
+from shapes.world import caption, mutate, render, sample_spec
+
+CLIP_FOLDER = Path(__file__).resolve().parent.parent / "shapes" / "models" / "clip"
+CPU = torch.device("cpu")
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    """A smooth random picture with hard edges in it: (height, width, 3) uint8."""
+    rng = np.random.default_rng(0)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    pixels = np.array(coarse)
+    pixels[height // 4 : height // 2, width // 4 : width // 2] = (255, 0, 128)
+    return pixels
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "tolerance"),
+    [
+        ((32, 32), {}, 1e-5),  # nothing to resize: exact
+        ((37, 33), {"do_resize": False}, 1e-5),
+        ((20, 27), {"do_resize": False}, 1e-5),  # smaller than the crop: padded
+        ((32, 32), {"do_normalize": False}, 1e-5),
+        ((64, 64), {}, 0.02),  # PIL rounds to 8 bits after each direction: 1/255 is 0.015 after normalisation
+        ((50, 75), {}, 0.02),
+        ((75, 50), {}, 0.02),
+        ((20, 24), {}, 0.02),
+        ((50, 75), {"resample": 2}, 0.02),
+        ((50, 75), {"size": {"height": 32, "width": 32}}, 0.02),
+    ],
+)
+def test_preprocessing_equals_transformers(size, options, tolerance):
+    processor = CLIPImageProcessorPil(**{"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}} | options)
+    pixels = picture(*size)
+    expected = processor(Image.fromarray(pixels), return_tensors="pt").pixel_values
+    media = torch.from_numpy(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+    result = preprocess(media, json.loads(processor.to_json_string()))
+    assert result.shape == expected.shape
+    assert (result - expected).abs().max() < tolerance
+    assert (result - expected).abs().mean() < tolerance / 3
+
+
+def test_right_captions_score_higher_than_mutated_ones():
+    rng = np.random.default_rng(11)
+    specs = [sample_spec(rng) for _ in range(400)]
+    media = torch.from_numpy(render(specs, rng)) * 2 - 1
+    reward = load_clip(str(CLIP_FOLDER), CPU)
+    right = reward(media, [{"prompt": caption(spec)} for spec in specs])
+    wrong = reward(media, [{"prompt": caption(mutate(spec, rng))} for spec in specs])
+    assert right.shape == (400,) and right.abs().max() <= 1 + 1e-6
+    assert (right > wrong).float().mean() >= 0.85
+    assert right.mean() > wrong.mean() + 0.1
+
+
+def test_scores_do_not_depend_on_the_batch_and_take_any_size_and_text():
+    rng = np.random.default_rng(12)
+    specs = [sample_spec(rng) for _ in range(5)]
+    media = torch.from_numpy(render(specs, rng)) * 2 - 1
+    rows = [{"prompt": caption(spec)} for spec in specs]
+    reward = load_clip(str(CLIP_FOLDER), CPU)
+    together = reward(media, rows)
+    alone = torch.cat([reward(media[i : i + 1], rows[i : i + 1]) for i in range(5)])
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert not together.requires_grad
+    enlarged = torch.nn.functional.interpolate(media, scale_factor=2, mode="bilinear")
+    assert (reward(enlarged, rows) - together).abs().max() < 0.2
+    assert reward(media, [{"prompt": "a very long text about nothing that any shape could show, 猫 " * 5}] * 5).isfinite().all()
+
+
+def test_no_path_and_missing_folder_are_errors():
+    with pytest.raises(UserError, match="clip=FOLDER"):
+        load_clip(None, CPU)
+    with pytest.raises(UserError, match="clip=no/such/folder"):
+        load_clip("no/such/folder", CPU)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json"])
+@pytest.mark.parametrize("damage", ["missing", "broken"])
+def test_broken_folders_are_errors_that_name_the_folder(tmp_path, name, damage):
+    folder = tmp_path / "clip"
+    shutil.copytree(CLIP_FOLDER, folder)
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(b"{ not a file of this kind")
+    with pytest.raises(UserError) as error:
+        load_clip(str(folder), CPU)
+    assert str(folder) in str(error.value)
