@@ -630,7 +630,7 @@ def main() -> None:
         checkpoint.export(engine, args.output_dir / "export", "transformer")
     tracker.close()
     if ranks.is_main:
-        curve = tracking.plot_rewards(args.output_dir)
+        curve = tracking.plot_rewards(args.output_dir, args.output_dir / "rewards.png")
         print(f"trained weights: {args.output_dir / 'export'}; metrics: {args.output_dir / 'metrics.jsonl'}; reward curve: {curve}")
 
 

@@ -63,14 +63,13 @@ def init(timeout_minutes: float = 30) -> Ranks:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a `UserError` becomes one sentence on stderr, from rank 0 only, and exit code 2. Other errors keep their traceback."""
+    """Call `main`; a `UserError` becomes one sentence on stderr, once, and exit code 2. Other errors keep their traceback."""
     try:
         main()
     except UserError as error:
-        if launch_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(2)  # torchrun ends all processes when the first one exits: let rank 0 speak before that
+        if launch_rank() != 0:
+            time.sleep(2)  # an error of all ranks is told by rank 0, after which torchrun ends this process; else it is ours to tell
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
         dist.destroy_process_group()

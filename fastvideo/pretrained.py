@@ -8,20 +8,20 @@ from safetensors import SafetensorError
 from fastvideo.distributed import UserError
 
 
-def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, **options: Any) -> Any:
+def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, flag: str = "--model", **options: Any) -> Any:
     """`model_class.from_pretrained(folder, subfolder=subfolder, **options)`, from disk only.
 
-    Raises UserError, naming the folder, if it is missing or broken or if weights are missing, unexpected or of another shape.
+    Raises UserError, naming the flag and the folder, if it is missing or broken or if weights are missing, unexpected or of another shape.
     """
     path = Path(folder) / subfolder
     if not path.is_dir():
-        raise UserError(f"--model: there is no folder {path}")
+        raise UserError(f"{flag}: there is no folder {path}")
     try:
         model, info = model_class.from_pretrained(folder, subfolder=subfolder, local_files_only=True, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"--model: {path} cannot be loaded as {model_class.__name__}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{flag}: {path} cannot be loaded as {model_class.__name__}: {str(error).strip().splitlines()[0]}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             names = ", ".join(sorted(map(str, info[kind]))[:3])
-            raise UserError(f"--model: the weights in {path} do not fit its config: {kind.replace('_', ' ')} {names}")
+            raise UserError(f"{flag}: the weights in {path} do not fit its config: {kind.replace('_', ' ')} {names}")
     return model

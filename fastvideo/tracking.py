@@ -144,27 +144,41 @@ def read_metrics(output_dir: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def plot_rewards(output_dir: Path, window: int = 10) -> Path:
-    """Draw `output_dir/rewards.png`: each reward's training mean by iteration, thin, and its moving average over `window`, thick."""
+def plot_rewards(output_dir: Path, path: Path, evaluation: dict[str, Any] | None = None, window: int = 10) -> Path:
+    """Draw a run's reward curves as a PNG at `path`: means over the training samples, thin, and their moving average, thick.
+
+    evaluation: evaluate.py's results. Its rewards get a panel each too, with the base model's mean and noise band (two standard deviations
+    over noise seeds, both ways) and the trained model's mean at the end.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     metrics = read_metrics(output_dir)
-    names = [key for key in metrics[0] if key.startswith("reward/") and key.endswith("_mean")]
-    figure, axes = pyplot.subplots(len(names), 1, figsize=(7, 3 * len(names)), squeeze=False, sharex=True)
+    keys = [key for key in metrics[0] if key.startswith("reward/") and key.endswith("_mean")]
+    curves = {key.removeprefix("reward/").removesuffix("_mean"): [row[key] for row in metrics] for key in keys}
+    names = list(dict.fromkeys([*curves, *(evaluation["base"] if evaluation else [])]))
     iterations = [row["iteration"] for row in metrics]
+    figure, axes = pyplot.subplots(len(names), 1, figsize=(7.5, 2.6 * len(names)), squeeze=False, sharex=True)
     for axis, name in zip(axes[:, 0], names):
-        values = torch.tensor([row[name] for row in metrics])
-        averages = [values[max(0, i - window + 1) : i + 1].mean() for i in range(len(values))]
-        axis.plot(iterations, values, alpha=0.3)
-        axis.plot(iterations, averages)
-        axis.set_ylabel(name.removeprefix("reward/").removesuffix("_mean"))
+        if name in curves:
+            values = torch.tensor(curves[name])
+            averages = [values[max(0, i - window + 1) : i + 1].mean() for i in range(len(values))]
+            axis.plot(iterations, values, color="tab:blue", alpha=0.25)
+            axis.plot(iterations, averages, color="tab:blue", label="training samples")
+        if evaluation:
+            base, trained = evaluation["base"][name], evaluation["trained"][name]
+            axis.axhline(base["mean"], color="gray", label="base, evaluation prompts (band: 2 sd over noise seeds)")
+            axis.axhspan(base["mean"] - 2 * base["seed_std"], base["mean"] + 2 * base["seed_std"], color="gray", alpha=0.3)
+            axis.errorbar(
+                iterations[-1], trained["mean"], 2 * trained["seed_std"], fmt="o", color="tab:red", label="trained, evaluation prompts"
+            )
+            axis.legend(fontsize=7)
+        axis.set_ylabel(name)
     axes[-1, 0].set_xlabel("iteration")
     figure.tight_layout()
-    path = output_dir / "rewards.png"
     with whole_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+        figure.savefig(temporary, format="png", dpi=110)
     pyplot.close(figure)
     return path

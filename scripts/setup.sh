@@ -1,0 +1,44 @@
+# Sourced by the other scripts, not run: enters the repository, makes .venv if it is missing, and installs a requirements file into it.
+#   source scripts/setup.sh [requirements file]     (default: requirements.txt)
+# PYTHON chooses the interpreter. A requirements file is installed again only when it or the packages' pins change.
+
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:-python3.12 python3.11 python3 python}; do
+        if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' >/dev/null 2>&1; then
+            echo "$candidate"
+            return
+        fi
+    done
+    return 1
+}
+
+install_requirements() {
+    local requirements=$1 python stamp
+    stamp=".venv/installed-$requirements"
+    if [ -f "$stamp" ] && cat requirements.txt "$requirements" | cmp -s - "$stamp"; then
+        return
+    fi
+    command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
+        fail "no C compiler found (cc, gcc or clang), which DeepSpeed needs to build its CPU optimizer: install one, for example build-essential"
+    if [ ! -x .venv/bin/python ]; then
+        python=$(find_python) || fail "Python 3.11 or 3.12 with the venv module is needed: install it, or name it as PYTHON=/path/to/python3.12"
+        echo "making .venv with $("$python" --version)"
+        "$python" -m venv .venv
+    fi
+    echo "installing $requirements into .venv (a few minutes the first time)"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    cat requirements.txt "$requirements" >"$stamp"
+}
+
+install_requirements "${1:-requirements.txt}"
+export PATH="$PWD/.venv/bin:$PATH"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Installs what the tests need into .venv and runs the checks and tests; arguments go to pytest:
+#   bash scripts/test.sh                      all of them, the slow ones too
+#   bash scripts/test.sh -m "not slow"        the quick ones
+#   bash scripts/test.sh tests/test_sampler.py -k marginals
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
+
+ruff check .
+ruff format --check .
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests start several processes themselves
+exec pytest "$@"
