@@ -19,8 +19,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from fastvideo.distributed import Ranks, UserError, all_gather_object, raise_everywhere
+from fastvideo.distributed import Ranks, UserError, all_gather_object, together, warn
 from fastvideo.files import whole_file
+
+Encode = Callable[[list[dict]], dict[str, torch.Tensor]]
 
 INDEX_FORMAT = 1
 INDEX_TYPES = {"fingerprint": dict, "tensors": dict, "shard_size": int, "shards": list, "rows": list, "crc32": list}
@@ -58,19 +60,13 @@ def check_encoder(cache: "EmbeddingCache", model_dir: str | Path) -> None:
         if any((Path(model_dir) / name).exists() for name in subfolders):
             _refuse_difference(cache.path, cache.fingerprint, encoder_fingerprint(model_dir, subfolders), str(model_dir))
         else:
-            print(f"warning: {model_dir} holds no text encoders, so {cache.path} cannot be checked against them", file=sys.stderr)
+            warn(f"{model_dir} holds no text encoders, so {cache.path} cannot be checked against them")
 
     on_main(check)
 
 
 def write_cache(
-    output_dir: str | Path,
-    rows: list[dict],
-    encode: Callable[[list[dict]], dict[str, torch.Tensor]],
-    fingerprint: dict,
-    ranks: Ranks,
-    shard_size: int,
-    batch_size: int,
+    output_dir: str | Path, rows: list[dict], encode: Encode, fingerprint: dict, ranks: Ranks, shard_size: int, batch_size: int
 ) -> None:
     """Collective. Encode `rows` (JSON objects with a "prompt") into a cache in `output_dir`, sharing the shards among the processes.
 
@@ -184,7 +180,7 @@ def _is_finished(path: Path, rows: list[dict], fingerprint: dict) -> bool:
     return True
 
 
-def _write_shard(path: Path, rows: list[dict], encode: Callable, fingerprint: dict, batch_size: int) -> None:
+def _write_shard(path: Path, rows: list[dict], encode: Encode, fingerprint: dict, batch_size: int) -> None:
     batches = [encode(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
     tensors = {key: torch.cat([batch[key].cpu() for batch in batches]) for key in batches[0]}
     for key, tensor in tensors.items():
@@ -278,17 +274,6 @@ def _refuse_difference(path: Path, found: dict, wanted: dict, wanted_by: str) ->
     for key, value in wanted.items():
         if found.get(key) != value:
             raise UserError(f"{path} was made with {key} {found.get(key)!r}, but {wanted_by} has {value!r}")
-
-
-def together(function: Callable[[], object]) -> object:
-    """Collective. Call `function` on every process and return its value; if it raises UserError on any, raise the first one on all."""
-    value = error = None
-    try:
-        value = function()
-    except UserError as raised:
-        error = raised
-    raise_everywhere(error)
-    return value
 
 
 def on_main(function: Callable[[], object]) -> object:

@@ -57,15 +57,24 @@ class Args:
 
 
 def load_encoders(model: str, dtype: torch.dtype) -> FluxPipeline:
-    """FLUX's pipeline with tokenizers and text encoders only, on the CPU. Raises UserError for a missing or broken folder."""
+    """FLUX's pipeline with tokenizers and text encoders only, on the CPU. Raises UserError for a missing or broken folder or file."""
     text_encoder = load_pretrained(CLIPTextModel, model, "text_encoder", dtype=dtype)
     text_encoder_2 = load_pretrained(T5EncoderModel, model, "text_encoder_2", dtype=dtype)
     try:
-        return FluxPipeline.from_pretrained(
+        pipeline = FluxPipeline.from_pretrained(
             model, text_encoder=text_encoder, text_encoder_2=text_encoder_2, transformer=None, vae=None, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"--model: {model} cannot be loaded as FluxPipeline: {str(error).strip().splitlines()[0]}") from error
+    for name in ("tokenizer", "tokenizer_2"):
+        # Without these files transformers makes a tokenizer that knows no words, and says nothing.
+        files = {kind: Path(model) / name / file for kind, file in getattr(pipeline, name).vocab_files_names.items()}
+        in_one_file = files.pop("tokenizer_file")
+        if not in_one_file.is_file() and not all(path.is_file() for path in files.values()):
+            raise UserError(
+                f"--model: {Path(model) / name} has no {in_one_file.name} and no {' and '.join(path.name for path in files.values())}"
+            )
+    return pipeline
 
 
 def main() -> None:
