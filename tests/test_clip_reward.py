@@ -34,12 +34,12 @@ def picture(height: int, width: int) -> np.ndarray:
         ((37, 33), {"do_resize": False}, 1e-5),
         ((20, 27), {"do_resize": False}, 1e-5),  # smaller than the crop: padded
         ((32, 32), {"do_normalize": False}, 1e-5),
-        ((64, 64), {}, 0.02),  # PIL rounds to 8 bits after each direction: 1/255 is 0.015 after normalisation
-        ((50, 75), {}, 0.02),
-        ((75, 50), {}, 0.02),
-        ((20, 24), {}, 0.02),
-        ((50, 75), {"resample": 2}, 0.02),
-        ((50, 75), {"size": {"height": 32, "width": 32}}, 0.02),
+        ((64, 64), {}, 0.016),  # a float32 sum may round to the next of 256 levels, which is 0.015 after normalisation
+        ((50, 75), {}, 0.016),
+        ((75, 50), {}, 0.016),
+        ((20, 24), {}, 0.016),
+        ((50, 75), {"resample": 2}, 0.016),
+        ((50, 75), {"size": {"height": 32, "width": 32}}, 0.016),
     ],
 )
 def test_preprocessing_equals_transformers(size, options, tolerance):
@@ -50,7 +50,7 @@ def test_preprocessing_equals_transformers(size, options, tolerance):
     result = preprocess(media, json.loads(processor.to_json_string()))
     assert result.shape == expected.shape
     assert (result - expected).abs().max() < tolerance
-    assert (result - expected).abs().mean() < tolerance / 3
+    assert (result - expected).abs().mean() < tolerance / 50
 
 
 def test_right_captions_score_higher_than_mutated_ones():

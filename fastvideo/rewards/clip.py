@@ -33,6 +33,8 @@ def load_clip_folder(path: str | None, device: torch.device) -> tuple:
         raise UserError("--rewards: clip needs a folder with a CLIP model, written as clip=FOLDER")
     if not Path(path).is_dir():
         raise UserError(f"--rewards: clip={path}: there is no such folder")
+    if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "vocab.json")):  # transformers would make an empty tokenizer
+        raise UserError(f"--rewards: clip={path} has no tokenizer.json")
     from transformers import AutoTokenizer, CLIPModel
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -46,23 +48,32 @@ def load_clip_folder(path: str | None, device: torch.device) -> tuple:
         raise UserError(
             f"--rewards: clip={path} lacks {len(report['missing_keys'])} of CLIP's weights, such as {sorted(report['missing_keys'])[0]}"
         )
+    if len(tokenizer) > model.config.text_config.vocab_size:
+        raise UserError(
+            f"--rewards: clip={path}: its tokenizer has {len(tokenizer)} tokens, its model only {model.config.text_config.vocab_size}"
+        )
     return model.to(device).eval().requires_grad_(False), tokenizer, config
 
 
 def preprocess(images: torch.Tensor, config: dict) -> torch.Tensor:
-    """What CLIP's image processor does, on tensors: (B, 3, H, W) in [-1, 1] -> (B, 3, h, w), resized, cropped and normalised by `config`.
+    """What CLIP's image processor does with saved pictures: (B, 3, H, W) in [-1, 1] -> (B, 3, h, w), resized, cropped and normalised.
 
-    transformers resizes 8-bit pictures by PIL; this resizes floats with antialiasing, which differs by rounding only.
+    Values are rounded to 8 bits, so a picture scores the same here and once it is saved. config: what preprocessor_config.json says.
     """
-    images = images.float() / 2 + 0.5
+    images = _to_8_bits(images.float() * 127.5 + 127.5)
     if config.get("do_resize", True):
         images = _resize(images, config)
     if config.get("do_center_crop", True):
         images = _center_crop(images, config["crop_size"])
+    images = images / 255
     if config.get("do_normalize", True):
         mean, std = (torch.tensor(config[key], device=images.device).view(3, 1, 1) for key in ("image_mean", "image_std"))
         images = (images - mean) / std
     return images
+
+
+def _to_8_bits(images: torch.Tensor) -> torch.Tensor:
+    return images.round().clamp(0, 255)
 
 
 def _resize(images: torch.Tensor, config: dict) -> torch.Tensor:
@@ -72,13 +83,14 @@ def _resize(images: torch.Tensor, config: dict) -> torch.Tensor:
         size = {"shortest_edge": size}
     if "shortest_edge" in size:
         edge = size["shortest_edge"]
-        target = (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
+        new_height, new_width = (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
     else:
-        target = (size["height"], size["width"])
-    if target == (height, width):
-        return images
+        new_height, new_width = size["height"], size["width"]
     mode = RESAMPLING[config.get("resample", 3)]
-    return F.interpolate(images, target, mode=mode, antialias=mode != "nearest-exact").clamp(0, 1)
+    for target in ((height, new_width), (new_height, new_width)):  # as PIL: first the rows, then the columns, each rounded
+        if target != images.shape[2:]:
+            images = _to_8_bits(F.interpolate(images, target, mode=mode, antialias=mode != "nearest-exact"))
+    return images
 
 
 def _center_crop(images: torch.Tensor, size: dict | int) -> torch.Tensor:
