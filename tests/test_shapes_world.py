@@ -167,10 +167,10 @@ def test_rewards_take_media_in_minus_one_to_one_and_rows():
     rows = [{"prompt": caption(spec)} for spec in specs[:3]] + [{"prompt": "three purple triangles"}] * 3
     cpu = torch.device("cpu")
     assert load_shapes_strict(None, cpu)(media, rows).tolist() == [1, 1, 1, 0, 0, 0]
-    mixed = load_shapes(None, cpu)(media, rows)
-    assert mixed[:3].tolist() == [1, 1, 1] and (mixed[3:] < 0.5).all()
+    soft = load_shapes(None, cpu)(media, rows)
+    assert soft[:3].tolist() == [1, 1, 1] and (soft[3:] < 0.5).all()
     taste = load_aesthetic(None, cpu)(media, rows)
-    assert taste.shape == mixed.shape == (6,) and taste.dtype == mixed.dtype == torch.float32
+    assert taste.shape == soft.shape == (6,) and taste.dtype == soft.dtype == torch.float32
 
 
 @pytest.mark.parametrize("load", [load_shapes, load_shapes_strict, load_aesthetic])

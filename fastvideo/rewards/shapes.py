@@ -13,15 +13,15 @@ Reward = Callable[[torch.Tensor, list[dict]], torch.Tensor]
 
 
 def load_shapes(path: str | None, device: torch.device) -> Reward:
-    """Mean of the checker's soft and strict scores, in [0, 1]: strict is the goal, soft tells samples apart that all miss it."""
+    """Share of what the caption says that is right (count, colours, shapes, both together, position), in [0, 1]: tells near misses apart."""
     _takes_no_path("shapes", path)
-    return lambda media, rows: _check(media, rows, lambda scores: (scores["soft"] + scores["strict"]) / 2)
+    return lambda media, rows: _check(media, rows, "soft")
 
 
 def load_shapes_strict(path: str | None, device: torch.device) -> Reward:
     """1 if count, colours, shapes and position are all as the caption says, else 0."""
     _takes_no_path("shapes_strict", path)
-    return lambda media, rows: _check(media, rows, lambda scores: scores["strict"])
+    return lambda media, rows: _check(media, rows, "strict")
 
 
 def load_aesthetic(path: str | None, device: torch.device) -> Reward:
@@ -30,8 +30,8 @@ def load_aesthetic(path: str | None, device: torch.device) -> Reward:
     return lambda media, rows: torch.from_numpy(aesthetic(_pixels(media)))
 
 
-def _check(media: torch.Tensor, rows: list[dict], summary: Callable[[dict[str, np.ndarray]], np.ndarray]) -> torch.Tensor:
-    return torch.from_numpy(summary(check(_pixels(media), [parse(row["prompt"]) for row in rows])))
+def _check(media: torch.Tensor, rows: list[dict], name: str) -> torch.Tensor:
+    return torch.from_numpy(check(_pixels(media), [parse(row["prompt"]) for row in rows])[name])
 
 
 def _pixels(media: torch.Tensor) -> np.ndarray:
