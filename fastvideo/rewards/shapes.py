@@ -13,7 +13,7 @@ Reward = Callable[[torch.Tensor, list[dict]], torch.Tensor]
 
 
 def load_shapes(path: str | None, device: torch.device) -> Reward:
-    """Share of what the caption says that is right (count, colours, shapes, both together, position), in [0, 1]: tells near misses apart."""
+    """How much of the caption is right (count, colours, shapes, both together, position), in [0, 1]: it tells near misses apart."""
     _takes_no_path("shapes", path)
     return lambda media, rows: _check(media, rows, "soft")
 
