@@ -1,0 +1,99 @@
+"""The pieces of Algorithm 1 that need no network: advantages, selection, the loss, the order of prompts."""
+
+import pytest
+import torch
+
+from fastvideo.distributed import UserError, keyed_generator
+from train_grpo_flux import best_of_n, check_ratio, draw_prompts, group_advantages, grpo_loss, reference_kl, sde_step, select_timesteps
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.7, 1e6, 1e-12, 3e38])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_rewards_have_exactly_zero_advantage(value, dtype):
+    rewards = torch.full((2, 12), value, dtype=dtype)
+    assert torch.equal(group_advantages({"r": rewards}, {"r": 1.0}), torch.zeros(2, 12))
+
+
+def test_advantages_are_normalised_in_each_group_then_summed_with_weights():
+    a, b = torch.rand(3, 8), 100 * torch.rand(3, 8)
+    expected = sum(w * (r - r.mean(1, keepdim=True)) / r.std(1, keepdim=True) for r, w in ((a.double(), 1.4), (b.double(), 0.7)))
+    torch.testing.assert_close(group_advantages({"a": a, "b": b}, {"a": 1.4, "b": 0.7}), expected.float(), atol=1e-5, rtol=0)
+    # One prompt's rewards do not touch another's advantages.
+    changed = torch.cat([a[:1], 10 * a[1:]])
+    assert torch.equal(group_advantages({"a": a}, {"a": 1.0})[0], group_advantages({"a": changed}, {"a": 1.0})[0])
+
+
+def test_a_flat_reward_leaves_the_others_advantages_alone():
+    a, flat = torch.rand(2, 6), torch.full((2, 6), 0.1)
+    assert torch.equal(group_advantages({"a": a, "flat": flat}, {"a": 1.0, "flat": 1.0}), group_advantages({"a": a}, {"a": 1.0}))
+
+
+def test_best_of_n_keeps_the_best_and_the_worst_in_sample_order():
+    advantages = torch.tensor([[0.5, -2.0, 3.0, 0.0, 1.0, -1.0], [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]])
+    assert best_of_n(advantages, 4).tolist() == [[1, 2, 4, 5], [0, 1, 4, 5]]
+    assert best_of_n(advantages, 6).tolist() == [[0, 1, 2, 3, 4, 5]] * 2
+    assert best_of_n(torch.zeros(1, 5), 5).tolist() == [[0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("num_steps, fraction, count", [(24, 0.6, 15), (5, 0.6, 3), (7, 1.0, 7), (10, 0.1, 1), (3, 0.01, 1), (10, 0.3, 3)])
+def test_timesteps_are_distinct_and_their_number_is_rounded_up(num_steps, fraction, count):
+    generators = [keyed_generator(0, "timesteps", i) for i in range(50)]
+    chosen = select_timesteps(generators, num_steps, fraction)
+    assert chosen.shape == (50, count)
+    assert all(len(set(row)) == count and set(row) <= set(range(num_steps)) for row in chosen.tolist())
+    if count < num_steps:
+        assert len({tuple(row) for row in chosen.tolist()}) > 1  # each sample has its own
+        assert set(chosen.flatten().tolist()) == set(range(num_steps))
+    assert select_timesteps(generators, num_steps, fraction, "first")[0].tolist() == list(range(count))
+    assert select_timesteps(generators, num_steps, fraction, "last")[0].tolist() == list(range(num_steps - count, num_steps))
+
+
+def test_loss_is_the_clipped_objective():
+    log_ratio = torch.tensor([0.0, 0.05, -0.05, 0.5, -0.5, 0.5, -0.5], dtype=torch.float64)
+    advantages = torch.tensor([1.0, 2.0, -1.0, 1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
+    log_prob = (log_ratio - 3).requires_grad_()
+    loss, stats = grpo_loss(log_prob, torch.full_like(log_ratio, -3), advantages, clip_range=0.1)
+    terms = [min(r * a, max(min(r, 1.1), 0.9) * a) for r, a in zip(log_ratio.exp().tolist(), advantages.tolist())]
+    assert loss.item() == pytest.approx(-sum(terms) / 7, abs=1e-12)
+    loss.backward()
+    # No gradient where the ratio has already moved too far the way the advantage points; the plain policy gradient elsewhere.
+    free = torch.tensor([1, 1, 1, 0, 1, 1, 0], dtype=torch.bool)
+    torch.testing.assert_close(log_prob.grad, torch.where(free, -advantages * log_ratio.exp() / 7, 0.0))
+    assert stats["clip_frac"].item() == pytest.approx(4 / 7)
+    assert stats["ratio_max_dev"].item() == pytest.approx(max(abs(r - 1) for r in log_ratio.exp().tolist()))
+
+
+def test_reference_kl_is_that_of_the_gaussians():
+    z_t, u, u_ref = torch.randn(3, 2, 4, 5, dtype=torch.float64).unbind()
+    t, s = torch.tensor([0.9, 0.4]).double(), torch.tensor([0.8, 0.3]).double()
+    means = [sde_step(z_t, v, t, s, 0.3, noise=torch.zeros_like(z_t))[0] for v in (u, u_ref)]
+    std = (0.3 * (t - s).sqrt()).view(2, 1, 1)
+    expected = torch.distributions.kl_divergence(*(torch.distributions.Normal(mean, std) for mean in means)).mean()
+    transitions = {"z_t": z_t, "t": t, "s": s}
+    torch.testing.assert_close(reference_kl(transitions, u, u_ref, 0.3), expected)
+    assert reference_kl(transitions, u, u, 0.3) == 0
+
+
+def test_every_epoch_visits_every_prompt_once_in_an_order_of_its_own():
+    drawn = [i for iteration in range(1, 15) for i in draw_prompts(7, 3, iteration, seed=0)]  # 42 places: six epochs
+    epochs = [drawn[k : k + 7] for k in range(0, 42, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 1
+    assert draw_prompts(2, 5, 1, seed=0) != [] and len(draw_prompts(2, 5, 1, seed=0)) == 5  # more places than prompts
+
+
+def test_random_draws_depend_on_their_key_alone():
+    first = torch.randn(4, generator=keyed_generator(0, "step_noise", 3, 1, 2))
+    assert torch.equal(first, torch.randn(4, generator=keyed_generator(0, "step_noise", 3, 1, 2)))
+    others = [(1, "step_noise", 3, 1, 2), (0, "initial_noise", 3, 1, 2), (0, "step_noise", 31, 2), (0, "step_noise", 3, 2, 1)]
+    assert all(not torch.equal(first, torch.randn(4, generator=keyed_generator(*key))) for key in others)
+
+
+def test_a_ratio_that_is_not_1_warns_then_stops(capsys):
+    check_ratio(1e-6, clip_range=1e-4)
+    assert capsys.readouterr().err == ""
+    check_ratio(2e-5, clip_range=1e-4)
+    assert "warning: before the first update" in capsys.readouterr().err
+    for deviation in (2e-4, float("nan")):
+        with pytest.raises(UserError, match=r"--clip_range 0.0001.*--old_log_prob recompute"):
+            check_ratio(deviation, clip_range=1e-4)
