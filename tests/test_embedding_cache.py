@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from fastvideo.distributed import Ranks, UserError, init
 from fastvideo.embedding_cache import EmbeddingCache, check_encoder, encoder_fingerprint, write_cache
@@ -33,10 +34,10 @@ def encode(rows: list[dict]) -> dict[str, torch.Tensor]:
     """Several shapes and dtypes, all depending on the prompt."""
     numbers = torch.tensor([float(row["prompt"].split()[1]) for row in rows])
     return {
+        "number": numbers.long(),
+        "mask": numbers[:, None] > torch.arange(3.0),
         "embeds": numbers[:, None, None] + torch.arange(12.0).reshape(3, 4),
         "half": (numbers[:, None] / 7).bfloat16().expand(-1, 5),
-        "mask": numbers[:, None] > torch.arange(3.0),
-        "number": numbers.long(),
     }
 
 
@@ -49,6 +50,16 @@ def cache_dir(ranks, tmp_path) -> Path:
 def rewrite_index(cache_dir: Path, **changes: object) -> None:
     index = json.loads((cache_dir / "index.json").read_text())
     (cache_dir / "index.json").write_text(json.dumps({key: value for key, value in (index | changes).items() if value is not None}))
+
+
+def grown_shards(cache_dir: Path) -> list[dict]:
+    return [shard | {"size": shard["size"] + 1} for shard in json.loads((cache_dir / "index.json").read_text())["shards"]]
+
+
+def drop_last_row(shard: Path) -> None:
+    with safe_open(shard, framework="pt") as file:
+        metadata = file.metadata()
+    save_file({key: tensor[:-1] for key, tensor in load_file(shard).items()}, shard, metadata)
 
 
 def flip_bit(path: Path, position: int) -> None:
@@ -138,6 +149,8 @@ print(opened - before, mebibytes() - before)
         (lambda folder, shard: shard.write_bytes(b""), "cannot read .*shard-00001"),
         (lambda folder, shard: flip_bit(shard, -1), "shard-00001.* is damaged: the embedding of 'prompt [345]'"),
         (lambda folder, shard: shutil.copy(folder / "shard-00000-of-00003.safetensors", shard), "not the shard that index.json describes"),
+        (lambda folder, shard: drop_last_row(shard), "not a shard of an embedding cache"),
+        (lambda folder, shard: save_file({"x": torch.ones(3)}, shard), "not a shard of an embedding cache"),
         (lambda folder, shard: (folder / "index.json").unlink(), "not a finished embedding cache"),
         (lambda folder, shard: shutil.rmtree(folder), "not a finished embedding cache"),
         (lambda folder, shard: (folder / "index.json").write_text("{"), "index.json is damaged"),
@@ -157,6 +170,7 @@ print(opened - before, mebibytes() - before)
         (lambda folder, shard: rewrite_index(folder, crc32=[0] * 7), "not the shard that index.json describes"),
         (lambda folder, shard: rewrite_index(folder, tensors={}), "not the shard that index.json describes"),
         (lambda folder, shard: rewrite_index(folder, shards=[{"name": "../../secret", "size": 1, "mtime_ns": 1}] * 3), "wrong shard names"),
+        (lambda folder, shard: rewrite_index(folder, shards=grown_shards(folder)), "not the shard that index.json describes"),
         (lambda folder, shard: rewrite_index(folder, shards=[1, 2, 3]), "index.json is damaged"),
     ],
 )
@@ -300,7 +314,7 @@ def test_killed_run_continues(ranks, tmp_path):
     with pytest.raises(UserError, match="not a finished embedding cache"):
         EmbeddingCache(tmp_path / "cache")
 
-    (tmp_path / "cache" / ".shard-00002-of-00004.safetensors.tmp").write_bytes(b"half a shard")
+    (tmp_path / "cache" / ".shard-00001-of-00004.safetensors.tmp").write_bytes(b"half a shard")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").glob("shard-*")}
     encoded = []
     write_cache(tmp_path / "cache", ROWS, lambda rows: encoded.extend(rows) or encode(rows), FINGERPRINT, ranks, shard_size=2, batch_size=2)
