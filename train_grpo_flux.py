@@ -134,16 +134,8 @@ class Args:
             raise UserError(f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} --rewards")
         self.reward_weights = self.reward_weights or (1.0,) * len(self.rewards)
         at_least_two = ["num_generations", "sampling_steps"]
-        positive = [
-            "iterations",
-            "prompts_per_iteration",
-            "updates_per_iteration",
-            "height",
-            "width",
-            "rollout_batch_size",
-            "micro_batch_size",
-        ]
-        positive += ["checkpoint_every", "keep_checkpoints", "shift", "noise_level", "clip_range", "advantage_clip", "learning_rate"]
+        positive = ["iterations", "prompts_per_iteration", "updates_per_iteration", "height", "width", "shift", "noise_level", "clip_range"]
+        positive += ["advantage_clip", "learning_rate", "rollout_batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints"]
         not_negative = ["best_of_n", "kl_weight", "weight_decay", "max_grad_norm", "lr_warmup_steps", "lora_rank", "sample_every"]
         for flag in at_least_two + positive + not_negative:
             value = getattr(self, flag)
@@ -165,8 +157,6 @@ class Args:
                 f"--sde_window {start} {count} must lie within the first {self.sampling_steps - 1} of --sampling_steps "
                 f"{self.sampling_steps}: the last transition is never stochastic"
             )
-        if self.dtype == "bfloat16" and self.zero_stage == 0:
-            raise UserError("--zero_stage 0 keeps no float32 master weights, which --dtype bfloat16 needs: use --zero_stage 1")
         if self.offload and self.zero_stage == 0:
             raise UserError("--offload moves what ZeRO shards, but --zero_stage is 0: use --zero_stage 1")
         schedule = time_schedule(self.sampling_steps, self.shift).tolist()
@@ -412,6 +402,12 @@ def grpo_loss(
     return loss, stats
 
 
+def pick(trajectory: dict, cond: dict, sample: torch.Tensor, slot: torch.Tensor, num_generations: int) -> tuple[dict, dict]:
+    """Transitions of a process's trajectories {name: (samples, K, ...)} at sample (B,), slot (B,), and what their prompts condition on."""
+    transitions = {name: tensor[sample, slot] for name, tensor in trajectory.items()}
+    return transitions, {name: tensor[sample // num_generations] for name, tensor in cond.items()}
+
+
 def score_transitions(
     transformer: torch.nn.Module, transitions: dict[str, torch.Tensor], cond: dict[str, torch.Tensor], noise_level: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -456,6 +452,8 @@ def main() -> None:
     device = ranks.device
     dtype_name = args.dtype if args.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
     dtype = getattr(torch, dtype_name)
+    if dtype == torch.bfloat16 and args.zero_stage == 0:
+        raise UserError("--zero_stage 0 keeps no float32 master weights, which --dtype bfloat16 needs: use --zero_stage 1")
     checkpoints = args.output_dir / "checkpoints"
     resume_from = checkpoint.latest(checkpoints)
     if args.resume == "never" and (resume_from or (args.output_dir / "metrics.jsonl").exists()):
@@ -520,6 +518,7 @@ def main() -> None:
             trained_steps = (selected + args.stochastic_steps.start).to(device)
 
             # Lines 3 to 6: G samples of each prompt from the old policy, which is the current one, and their rewards.
+            progress.set_description("sampling")
             trajectories, scores, failure = [], [], None
             for batch in torch.arange(len(samples)).split(args.rollout_batch_size):
                 slots = [samples[i] for i in batch]
@@ -561,41 +560,38 @@ def main() -> None:
                 pairs = sample.repeat_interleave(steps_trained), torch.arange(steps_trained, device=device).repeat(len(sample))
                 updates.append(list(zip(*(indices.split(args.micro_batch_size) for indices in pairs), strict=True)))
 
-            def gather(sample: torch.Tensor, slot: torch.Tensor, trajectory=trajectory, cond=cond) -> tuple[dict, dict]:
-                transitions = {name: tensor[sample, slot] for name, tensor in trajectory.items()}
-                return transitions, {name: tensor[sample // G] for name, tensor in cond.items()}
-
+            progress.set_description("updating")
             stats, norms = [], []
             with timer("update"):
                 if args.old_log_prob == "recompute":
                     with torch.no_grad():
                         for pair in (pair for update in updates for pair in update):
-                            trajectory["old_log_prob"][pair], _ = score_transitions(engine, *gather(*pair), args.noise_level)
+                            transitions, pair_cond = pick(trajectory, cond, *pair, G)
+                            trajectory["old_log_prob"][pair], _ = score_transitions(engine, transitions, pair_cond, args.noise_level)
                 for u, update in enumerate(updates):
                     for sample, slot in update:
-                        transitions, pair_cond = gather(sample, slot)
+                        transitions, pair_cond = pick(trajectory, cond, sample, slot, G)
                         log_prob, u_hat = score_transitions(engine, transitions, pair_cond, args.noise_level)
                         loss, row = grpo_loss(log_prob, transitions["old_log_prob"], own_advantages[sample], args.clip_range)
                         row |= {"loss": loss.detach(), "update": u, "share": len(sample) / pairs_per_update}
                         if args.kl_weight:
                             with torch.no_grad(), reference_policy(transformer, reference, args.offload, device) as initial:
                                 u_ref = predict(initial, transitions["z_t"], transitions["t"], pair_cond)
-                            row["kl"] = reference_kl(transitions, u_hat, u_ref, args.noise_level)
-                            loss = loss + args.kl_weight * row["kl"]
+                            kl = reference_kl(transitions, u_hat, u_ref, args.noise_level)
+                            row["kl"], loss = kl.detach(), loss + args.kl_weight * kl
                         norm = zero.backward_and_step(engine, loss * row["share"])
-                        stats.append({name: float(value) for name, value in row.items()})
+                        stats.append(row)
                     norms.append(norm)
                     if not math.isfinite(norm):
-                        raise UserError(
-                            f"the gradient norm is {norm} in iteration {iteration}: training diverged; the last checkpoint is whole"
-                        )
+                        raise UserError(f"the gradient norm is {norm} in iteration {iteration}: diverged; the last checkpoint is whole")
                     if u == 0 and iteration == done + 1:
-                        deviations = distributed.all_gather_object(max(row["ratio_max_dev"] for row in stats))
+                        deviations = distributed.all_gather_object(max(row["ratio_max_dev"].item() for row in stats))
                         check_ratio(max(deviations), args.clip_range)
                     if ema is not None:
                         ema.update()
 
         # What happened, on all processes together.
+        stats = [{name: float(value) for name, value in row.items()} for row in stats]
         stats = [row for rows in distributed.all_gather_object(stats) for row in rows]
         metrics = group_statistics(group_rewards)
         metrics["advantage/abs_mean"] = advantages.abs().mean().item()
