@@ -218,3 +218,12 @@ def test_embedded_flux_loads_and_draws():
     assert images.shape == (48, 3, 32, 32)
     assert scores["well_formed"].mean() > 0.75
     assert 0.2 < scores["strict"].mean() < 0.95  # it follows its prompt, but loosely: RL has something to do
+
+
+def test_pretraining_captions_are_noisy_but_most_often_right():
+    from shapes.pretrain import caption_noise
+
+    noise = caption_noise()
+    assert noise.shape == (len(RL_SPECS), len(RL_SPECS)) and torch.allclose(noise.sum(1), torch.ones(len(RL_SPECS)))
+    assert (noise.argmax(1) == torch.arange(len(RL_SPECS))).all()
+    assert noise[0, 0] == pytest.approx((0.65 + 0.35 / 4) * (0.75 + 0.25 / 3))
