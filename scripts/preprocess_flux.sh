@@ -2,8 +2,7 @@
 # Encode a prompt file for FLUX.1-dev on all GPUs of this machine, in bfloat16. From any folder:
 #   MODEL=/path/to/FLUX.1-dev PROMPTS=prompts.txt OUTPUT_DIR=data/flux_embeddings scripts/preprocess_flux.sh [flags of preprocess/embed_flux.py]
 # A killed run continues when started again. NUM_GPUS limits the number of processes.
-set -euo pipefail
-repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
 torchrun --standalone --nproc_per_node "${NUM_GPUS:-gpu}" "$repository/preprocess/embed_flux.py" \
   --model "${MODEL:?set MODEL to the FLUX.1-dev folder}" \

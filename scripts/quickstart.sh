@@ -3,7 +3,8 @@
 # Arguments go to train_grpo_flux.py (--seed 1, --iterations 50, ...); the run folder is runs/quickstart plus their letters, or RUN.
 # Running it again goes on where it stopped. The last line of output is a JSON object with what was measured.
 start=$SECONDS
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
+cd "$repository"
 
 run=${RUN:-runs/quickstart$(printf '%s' "$*" | tr -c 'a-zA-Z0-9.' _)}
 processes=${PROCESSES:-2}

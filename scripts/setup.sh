@@ -1,9 +1,10 @@
-# Sourced by the other scripts, not run: enters the repository, makes .venv if it is missing, and installs a requirements file into it.
+# Sourced by the other scripts, not run: makes the repository's .venv if it is missing, installs a requirements file into it, and puts it on
+# PATH. Sets `repository`; the working directory stays.
 #   source scripts/setup.sh [requirements file]     (default: requirements.txt)
 # PYTHON chooses the interpreter. A requirements file is installed again only when it or the packages' pins change.
 
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
 fail() {
     echo "error: $*" >&2
@@ -22,23 +23,23 @@ find_python() {
 }
 
 install_requirements() {
-    local requirements=$1 python stamp
-    stamp=".venv/installed-$requirements"
-    if [ -f "$stamp" ] && cat requirements.txt "$requirements" | cmp -s - "$stamp"; then
+    local requirements="$repository/$1" venv="$repository/.venv" stamp="$repository/.venv/installed-$1" python
+    if [ -f "$stamp" ] && cat "$repository/requirements.txt" "$requirements" | cmp -s - "$stamp"; then
         return
     fi
     command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
         fail "no C compiler found (cc, gcc or clang), which DeepSpeed needs to build its CPU optimizer: install one, for example build-essential"
-    if [ ! -x .venv/bin/python ]; then
+    if [ ! -x "$venv/bin/python" ]; then
         python=$(find_python) || fail "Python 3.11 or 3.12 with the venv module is needed: install it, or name it as PYTHON=/path/to/python3.12"
-        echo "making .venv with $("$python" --version)"
-        "$python" -m venv .venv
+        echo "making $venv with $("$python" --version)"
+        "$python" -m venv "$venv"
     fi
-    echo "installing $requirements into .venv (a few minutes the first time)"
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check -r "$requirements"
-    cat requirements.txt "$requirements" >"$stamp"
+    echo "installing $1 into $venv (a few minutes the first time)"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    cat "$repository/requirements.txt" "$requirements" >"$stamp"
 }
 
 install_requirements "${1:-requirements.txt}"
-export PATH="$PWD/.venv/bin:$PATH"
+export PATH="$repository/.venv/bin:$PATH"
+command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu # else DeepSpeed warns that it found no GPU
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error

@@ -4,6 +4,7 @@
 #   bash scripts/test.sh -m "not slow"        the quick ones
 #   bash scripts/test.sh tests/test_sampler.py -k marginals
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
+cd "$repository"
 
 ruff check .
 ruff format --check .

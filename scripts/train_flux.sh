@@ -5,11 +5,11 @@
 #   MODEL=models/FLUX.1-dev EMBEDDINGS=runs/embeddings/flux CLIP=models/clip bash scripts/train_flux.sh --output_dir runs/flux
 #
 # On each node set NNODES, NODE_RANK and MASTER_ADDR. One node of 8 GPUs: NNODES=1 and add --lora_rank 32 --learning_rate 1e-4.
-source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
 torchrun --nnodes "${NNODES:-4}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-    train_grpo_flux.py --model "${MODEL:?the FLUX.1-dev folder}" --embeddings "${EMBEDDINGS:?the embedding cache}" \
+    "$repository/train_grpo_flux.py" --model "${MODEL:?the FLUX.1-dev folder}" --embeddings "${EMBEDDINGS:?the embedding cache}" \
     --rewards "clip=${CLIP:?a CLIP folder}" \
     --iterations 300 --prompts_per_iteration 32 --num_generations 12 --updates_per_iteration 4 \
     --height 720 --width 720 --sampling_steps 16 --shift 3 --noise_level 0.3 --timestep_fraction 0.6 --embedded_guidance 3.5 \
