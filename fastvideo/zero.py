@@ -95,8 +95,9 @@ def refresh_weights(engine: deepspeed.DeepSpeedEngine) -> None:
     if engine.zero_optimization_stage() == 3:
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if optimizer.persistent_parameters:
-            optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
+        if persistent := optimizer.persistent_parameters:  # always gathered, so that all_gather alone would pass them over
+            persistent[0].partition(persistent)
+            persistent[0].all_gather(persistent)
     elif engine.zero_optimization_stage() > 0:
         optimizer.update_lp_params()
 
