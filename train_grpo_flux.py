@@ -25,7 +25,8 @@ from tqdm import tqdm
 from fastvideo import checkpoint, distributed, tracking, zero
 from fastvideo.distributed import UserError, keyed_generator, warn
 from fastvideo.ema import EMA
-from fastvideo.embedding_cache import EmbeddingCache, check_encoder
+from fastvideo.embedding_cache import EmbeddingCache
+from fastvideo.fingerprint import check_encoder
 from fastvideo.media import save_grid, to_pil
 from fastvideo.pretrained import load_pretrained
 from fastvideo.rewards import group_statistics, load_rewards, parse_rewards, score

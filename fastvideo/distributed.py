@@ -67,7 +67,7 @@ def run(main: Callable[[], None]) -> None:
         main()
     except UserError as error:
         if launch_rank() != 0:
-            time.sleep(2)  # an error of all ranks is told by rank 0, after which torchrun ends this process; else it is ours to tell
+            time.sleep(10)  # an error of all ranks is told by rank 0, after which torchrun ends this process; else it is ours to tell
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
     if dist.is_initialized():
@@ -97,6 +97,11 @@ def together(function: Callable[[], T]) -> T:
         error = raised
     raise_everywhere(error)
     return value
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Collective. Call `function` on rank 0 alone and give its value, a small Python object, or its UserError to every process."""
+    return all_gather_object(together(function if dist.get_rank() == 0 else lambda: None))[0]
 
 
 def all_gather_object(value: object) -> list:

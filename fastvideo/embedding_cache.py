@@ -4,22 +4,19 @@ A cache is a folder. `shard-00002-of-00010.safetensors` stacks `shard_size` rows
 checksums and the encoders' fingerprint in its own header, so a killed run can be resumed. `index.json`, written last, makes it complete.
 """
 
-import hashlib
 import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from fastvideo.distributed import Ranks, UserError, all_gather_object, together, warn
+from fastvideo.distributed import Ranks, UserError, all_gather_object, on_main, together
 from fastvideo.files import whole_file
 
 Encode = Callable[[list[dict]], dict[str, torch.Tensor]]
@@ -27,42 +24,6 @@ Encode = Callable[[list[dict]], dict[str, torch.Tensor]]
 INDEX_FORMAT = 1
 INDEX_TYPES = {"fingerprint": dict, "tensors": dict, "shard_size": int, "shards": list, "rows": list, "crc32": list}
 REMAKE = "run the preprocessing again with the same --output_dir (intact shards are kept)"
-
-
-def encoder_fingerprint(model_dir: str | Path, subfolders: tuple[str, ...], **settings: str | int) -> dict[str, str | int]:
-    """What embeddings depend on: {subfolder: "sha256:..." of the names and contents of its files (hidden ones apart), ..., **settings}.
-
-    Raises UserError for a subfolder of encoder or tokenizer files that is missing, empty or unreadable.
-    """
-    fingerprint = {}
-    for folder in [Path(model_dir) / subfolder for subfolder in subfolders]:
-        names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-        names = [name for name in names if "/." not in f"/{name}"]
-        if not names:
-            raise UserError(f"{folder} is missing or empty: the model folder must have {', '.join(subfolders)}")
-        try:
-            with ThreadPoolExecutor() as pool:
-                digests = list(pool.map(_sha256, [folder / name for name in names]))
-        except OSError as error:
-            raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
-        listing = "".join(f"{name} {digest}\n" for name, digest in zip(names, digests))
-        fingerprint[folder.name] = "sha256:" + hashlib.sha256(listing.encode()).hexdigest()
-    return fingerprint | settings
-
-
-def check_encoder(cache: "EmbeddingCache", model_dir: str | Path) -> None:
-    """Collective. UserError unless the encoders in `model_dir` are those that made the cache; only a printed warning if it holds none."""
-    subfolders = tuple(name for name, value in cache.fingerprint.items() if str(value).startswith("sha256:"))
-
-    def check() -> None:
-        if not Path(model_dir).is_dir():
-            raise UserError(f"model folder {model_dir} does not exist")
-        if any((Path(model_dir) / name).exists() for name in subfolders):
-            _refuse_difference(cache.path, cache.fingerprint, encoder_fingerprint(model_dir, subfolders), str(model_dir))
-        else:
-            warn(f"{model_dir} holds no text encoders, so {cache.path} cannot be checked against them")
-
-    on_main(check)
 
 
 def write_cache(
@@ -138,7 +99,7 @@ class EmbeddingCache:
         self.rows, self.fingerprint, self.tensors = index["rows"], index["fingerprint"], index["tensors"]
         self._shard_size, self._crc32 = index["shard_size"], index["crc32"]
         self._paths = [self.path / shard["name"] for shard in index["shards"]]
-        _refuse_difference(self.path, self.fingerprint, expected_fingerprint, "this run")
+        refuse_difference(self.path, self.fingerprint, expected_fingerprint, "this run")
         for k in tqdm(range(rank, len(self._paths), world_size), f"checking {self.path}", delay=2, leave=False, disable=rank != 0):
             path, recorded, part = self._paths[k], index["shards"][k], slice(k * self._shard_size, (k + 1) * self._shard_size)
             header = {"fingerprint": self.fingerprint, "rows": self.rows[part], "crc32": self._crc32[part]}
@@ -171,7 +132,7 @@ def _is_finished(path: Path, rows: list[dict], fingerprint: dict) -> bool:
     except UserError as error:
         print(f"warning: {error}; encoding its prompts again", file=sys.stderr)
         return False
-    _refuse_difference(path, header["fingerprint"], fingerprint, "this run")
+    refuse_difference(path, header["fingerprint"], fingerprint, "this run")
     if header["rows"] != rows:
         raise UserError(f"{path} holds other prompts than this run: choose another --output_dir or empty this one")
     if [_crc32(_read_row(path, row)) for row in range(len(rows))] != header["crc32"]:
@@ -241,11 +202,6 @@ def _crc32(sample: dict[str, torch.Tensor]) -> int:
     return checksum
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _read_index(folder: Path) -> dict:
     path = folder / "index.json"
     if not path.is_file():
@@ -270,12 +226,7 @@ def _read_index(folder: Path) -> dict:
     return index
 
 
-def _refuse_difference(path: Path, found: dict, wanted: dict, wanted_by: str) -> None:
+def refuse_difference(path: Path, found: dict, wanted: dict, wanted_by: str) -> None:
     for key, value in wanted.items():
         if found.get(key) != value:
             raise UserError(f"{path} was made with {key} {found.get(key)!r}, but {wanted_by} has {value!r}")
-
-
-def on_main(function: Callable[[], object]) -> object:
-    """Collective. Call `function` on rank 0 alone and give its value, a small Python object, or its UserError to every process."""
-    return all_gather_object(together(function if dist.get_rank() == 0 else lambda: None))[0]

@@ -29,7 +29,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def rename_folder(temporary: Path, path: Path) -> None:
     """Flush a finished temporary folder to disk and give it its name; an older folder of that name is removed."""
+    umask = os.umask(0)
+    os.umask(umask)
     for entry in [*temporary.rglob("*"), temporary]:
+        if entry.is_file():
+            entry.chmod(0o666 & ~umask)  # safetensors' save_file lets only the owner read
         sync(entry)
     if path.exists():
         old = path.with_name(f".{path.name}.old")

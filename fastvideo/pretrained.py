@@ -16,6 +16,8 @@ def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, flag: 
     path = Path(folder) / subfolder
     if not path.is_dir():
         raise UserError(f"{flag}: there is no folder {path}")
+    if not (path / "config.json").is_file():  # transformers would silently take a default one
+        raise UserError(f"{flag}: {path} has no config.json")
     try:
         model, info = model_class.from_pretrained(folder, subfolder=subfolder, local_files_only=True, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:

@@ -21,8 +21,9 @@ from diffusers import FluxPipeline
 from safetensors import SafetensorError
 from transformers import CLIPTextModel, T5EncoderModel
 
-from fastvideo.distributed import UserError, init, launch_rank, run
-from fastvideo.embedding_cache import encoder_fingerprint, on_main, write_cache
+from fastvideo.distributed import UserError, init, launch_rank, on_main, run
+from fastvideo.embedding_cache import write_cache
+from fastvideo.fingerprint import encoder_fingerprint
 from fastvideo.pretrained import load_pretrained
 from fastvideo.prompts import read_prompts
 

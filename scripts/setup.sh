@@ -1,6 +1,6 @@
 # Sourced by the other scripts, not run: makes the repository's .venv if it is missing, installs a requirements file into it, and puts it on
 # PATH. Sets `repository`; the working directory stays.
-#   source scripts/setup.sh [requirements file]     (default: requirements.txt)
+#   source scripts/setup.sh requirements.txt
 # PYTHON chooses the interpreter. A requirements file is installed again only when it or the packages' pins change.
 
 set -euo pipefail
@@ -39,7 +39,7 @@ install_requirements() {
     cat "$repository/requirements.txt" "$requirements" >"$stamp"
 }
 
-install_requirements "${1:-requirements.txt}"
+install_requirements "$1"
 export PATH="$repository/.venv/bin:$PATH"
 command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu # else DeepSpeed warns that it found no GPU
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error

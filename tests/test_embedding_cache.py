@@ -16,7 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from fastvideo.distributed import Ranks, UserError, init
-from fastvideo.embedding_cache import EmbeddingCache, check_encoder, encoder_fingerprint, write_cache
+from fastvideo.embedding_cache import EmbeddingCache, write_cache
+from fastvideo.fingerprint import check_encoder, encoder_fingerprint
 from fastvideo.prompts import read_prompts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
