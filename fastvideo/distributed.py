@@ -15,8 +15,11 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-class UserError(ValueError):
-    """Something the user can mend. Its message is the whole story: it names the file or flag, and both values that disagree."""
+class UserError(Exception):
+    """Something the user can mend. Its message is the whole story: it names the file or flag, and both values that disagree.
+
+    No ValueError: tyro would catch one that Args raises, and print it in a frame of its own.
+    """
 
 
 @dataclass(frozen=True)
