@@ -1,4 +1,4 @@
-"""Trains the embedded models from scratch on a CPU: `python shapes/pretrain.py --seed 0`, or single stages with `--stages vae flux`.
+"""Trains the embedded models from scratch on a CPU: `python shapes/pretrain.py`, or single stages with `--stages vae flux`.
 
 tokenizers  are built, not trained
 vae         AutoencoderKL on all kinds of pictures
@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, FluxPipeline
-from transformers import CLIPTextModel, CLIPTokenizer, T5Tokenizer
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from shapes import tiny_models
 from shapes.evaluation import evaluate_checker, evaluate_clip, evaluate_flux, evaluate_vae
@@ -50,8 +50,12 @@ class Args:
     """Training steps of the VAE, 32 pictures each."""
     clip_steps: int = 2500
     """Training steps of CLIP, 96 pictures each."""
-    flux_steps: int = 8000
+    flux_steps: int = 6000
     """Training steps of FLUX, 64 pictures each."""
+    flux_learning_rate: float = 1.2e-3
+    """Peak learning rate of FLUX."""
+    continue_flux: bool = False
+    """Train FLUX on from the saved weights, on new pictures if `--seed` is another, instead of from random ones."""
 
 
 def main(args: Args) -> None:
@@ -137,7 +141,11 @@ def train_flux(args: Args, rng: np.random.Generator) -> None:
     folder = args.output_dir / "flux"
     vae, text_encoder = AutoencoderKL.from_pretrained(folder / "vae"), CLIPTextModel.from_pretrained(folder / "text_encoder")
     tokenizer, tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(folder / "tokenizer_2")
-    transformer, text_encoder_2 = tiny_models.flux_transformer(), tiny_models.t5_encoder(tokenizer_2)
+    if args.continue_flux:
+        transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer").train()
+        text_encoder_2 = T5EncoderModel.from_pretrained(folder / "text_encoder_2").train()
+    else:
+        transformer, text_encoder_2 = tiny_models.flux_transformer(), tiny_models.t5_encoder(tokenizer_2)
     captions, noise_of_captions = [caption(spec) for spec in RL_SPECS], caption_noise()
     padding = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     t5_ids = tokenizer_2(captions, **padding).input_ids
@@ -172,12 +180,13 @@ def train_flux(args: Args, rng: np.random.Generator) -> None:
     def save(step: int) -> None:
         scheduler = tiny_models.flow_scheduler(FLUX_SHIFT)
         small_vae, small_transformer = (copy.deepcopy(model).half() for model in (vae, transformer))  # half the size, the same scores
+        small_vae.register_to_config(_name_or_path="")  # else this folder's path on this machine is saved
         parts = (scheduler, small_vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, small_transformer)
         FluxPipeline(*parts).save_pretrained(folder)
         evaluate_flux(folder, captions[:12] * 11 + captions[12:], 2, args.seed, f"step {step}")
 
     parameters = [*transformer.parameters(), *text_encoder_2.parameters()]
-    optimise(loss_function, parameters, args.flux_steps, 1.2e-3, "flux", weight_decay=0.01, every=(1000, save))
+    optimise(loss_function, parameters, args.flux_steps, args.flux_learning_rate, "flux", weight_decay=0.01, every=(1000, save))
     save(args.flux_steps)
 
 
