@@ -1,0 +1,130 @@
+"""evaluate.py: base and trained model get the same noise, whatever the number of processes, with the run's sampling settings."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import EVALUATE, MODEL, REPOSITORY, launch, run_script
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def evaluate(prompt_file, tmp_path_factory):
+    """Function that evaluates a checkpoint with few pictures and gives the results."""
+
+    def run(*flags: object, processes: int = 1, launcher=run_script, check: bool = True):
+        folder = tmp_path_factory.mktemp("evaluation")
+        basic = {"--model": MODEL, "--prompts": prompt_file, "--rewards": ("aesthetic", "shapes"), "--num_seeds": 2}
+        basic |= {"--output_dir": folder / "evaluation"}
+        options = {"log": folder / "log"} if launcher is run_script else {}
+        result = launcher(EVALUATE, basic, *flags, processes=processes, **options)
+        if not check:
+            return result
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr
+        return json.loads((folder / "evaluation" / "results.json").read_text()), folder / "evaluation"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def results_of_run(evaluate, finished_run):
+    return evaluate({"--checkpoint": finished_run / "export"})
+
+
+@pytest.fixture
+def base_as_checkpoint(finished_run, tmp_path) -> Path:
+    """A run folder whose export is the base model itself."""
+    shutil.copytree(MODEL / "transformer", tmp_path / "run" / "export" / "transformer")
+    shutil.copy(finished_run / "manifest.json", tmp_path / "run")
+    return tmp_path / "run" / "export"
+
+
+def test_results_and_pictures(results_of_run, finished_run):
+    results, folder = results_of_run
+    for model in ("base", "trained"):
+        for reward in ("aesthetic", "shapes"):
+            summary = results[model][reward]
+            assert summary.keys() == {"mean", "seed_std", "seed_means"}
+            assert len(summary["seed_means"]) == 2
+            assert summary["mean"] == pytest.approx(sum(summary["seed_means"]) / 2)
+            assert summary["seed_std"] == pytest.approx(abs(summary["seed_means"][0] - summary["seed_means"][1]) / 2**0.5)
+    assert results["base"]["aesthetic"]["mean"] != results["trained"]["aesthetic"]["mean"]
+    assert (results["prompts"], results["images"]) == (10, 20)
+    for name in ("samples.png", "rewards.png"):
+        with Image.open(folder / name) as picture:
+            assert min(picture.size) > 200
+
+
+def test_settings_come_from_the_run(results_of_run, finished_run, evaluate):
+    """Unless flags say otherwise."""
+    settings = {"sampling_steps": 5, "shift": 3.0, "embedded_guidance": 3.5, "height": 32, "width": 32, "max_sequence_length": 16}
+    assert json.loads((finished_run / "manifest.json").read_text())["sampling"] == settings
+    assert results_of_run[0]["sampling"] == settings
+    results, _ = evaluate({"--checkpoint": finished_run / "export", "--sampling_steps": 3, "--shift": 1})
+    assert results["sampling"] == settings | {"sampling_steps": 3, "shift": 1.0}
+    assert results["base"]["aesthetic"]["mean"] != results_of_run[0]["base"]["aesthetic"]["mean"]
+
+
+def test_base_as_its_own_checkpoint(evaluate, base_as_checkpoint):
+    """The same noise for both: no difference at all."""
+    results, _ = evaluate({"--checkpoint": base_as_checkpoint, "--images_per_prompt": 2})
+    assert results["trained"] == results["base"]
+    assert results["images"] == 40
+
+
+def test_base_alone(evaluate, results_of_run):
+    results, folder = evaluate({"--sampling_steps": 5})
+    assert results["base"] == results_of_run[0]["base"]
+    assert "trained" not in results
+    assert (folder / "samples.png").exists()
+    assert not (folder / "rewards.png").exists()
+
+
+def assert_equal_scores(results, expected):
+    for model in ("base", "trained"):
+        for reward in ("aesthetic", "shapes"):
+            for key in ("mean", "seed_std", "seed_means"):
+                assert results[model][reward][key] == pytest.approx(expected[model][reward][key], abs=1e-6)
+
+
+@pytest.mark.parametrize(("processes", "batch_size"), [(2, 16), (1, 3), (2, 7)])
+def test_layout_changes_nothing(evaluate, results_of_run, finished_run, processes, batch_size):
+    results, folder = evaluate({"--checkpoint": finished_run / "export", "--batch_size": batch_size}, processes=processes)
+    assert_equal_scores(results, results_of_run[0])
+    assert {path.name for path in folder.iterdir()} == {"results.json", "samples.png", "rewards.png"}
+
+
+@pytest.mark.slow
+def test_command_line_and_torchrun(evaluate, results_of_run, finished_run):
+    for processes in (1, 2):
+        results, _ = evaluate({"--checkpoint": finished_run / "export"}, processes=processes, launcher=launch)
+        assert_equal_scores(results, results_of_run[0])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"--checkpoint": MODEL}, "must be the export folder inside a run folder: there is no"),
+        ({"--model": REPOSITORY / "shapes"}, "is no diffusers folder: it has no model_index.json"),
+        ({"--prompts": "nowhere.txt"}, "cannot read prompt file nowhere.txt"),
+        ({"--rewards": "beauty"}, "--rewards: unknown reward 'beauty'"),
+    ],
+    ids=["no_run", "no_model", "no_prompts", "unknown_reward"],
+)
+def test_mistakes(evaluate, flags, message):
+    result = evaluate(flags, check=False)
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    sentences = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(sentences) == 1
+    assert message in sentences[0]
+
+
+def test_broken_checkpoint(evaluate, base_as_checkpoint):
+    weights = next((base_as_checkpoint / "transformer").glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-100])
+    result = evaluate({"--checkpoint": base_as_checkpoint}, check=False)
+    assert result.returncode == 2
+    assert f"error: --checkpoint: {base_as_checkpoint / 'transformer'} cannot be loaded" in result.stderr

@@ -1,0 +1,176 @@
+"""A run that is killed at any moment and started again by the same command is the run that was never killed, bit for bit."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, TRAIN, command, metrics_of, run_script, start_forked, weights_of
+
+
+def lines_of(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+# What to wait for before the kill, and how many seconds after it at most (drawn from a seed).
+MOMENTS = {
+    "in_the_first_iteration": (lambda run: (run / "manifest.json").exists(), 0.1),
+    "between_the_first_checkpoints": (lambda run: lines_of(run) >= 3, 0.3),
+    "in_the_middle": (lambda run: lines_of(run) >= 4, 0.6),
+    "while_the_first_checkpoint_is_written": (lambda run: (run / "checkpoints" / ".iteration_000002.tmp").exists(), 0.0),
+    "while_a_later_checkpoint_is_written": (lambda run: (run / "checkpoints" / ".iteration_000004.tmp" / "deepspeed").exists(), 0.005),
+    "while_the_export_is_written": (lambda run: (run / ".export.tmp").exists(), 0.0),
+}
+
+
+def wait_for_moment(name: str, run: Path) -> None:
+    event, seconds = MOMENTS[name]
+    deadline = time.monotonic() + 240
+    while not event(run):
+        assert time.monotonic() < deadline, f"never came to {name}"
+        time.sleep(0.002)
+    time.sleep(random.Random(name).uniform(0, seconds))
+
+
+def assert_same_run(run: Path, uninterrupted: Path) -> None:
+    assert metrics_of(run) == metrics_of(uninterrupted)
+    exported, expected = weights_of(run / "export" / "transformer"), weights_of(uninterrupted / "export" / "transformer")
+    assert exported.keys() == expected.keys()
+    assert all(exported[name].equal(expected[name]) for name in expected)
+    assert not list(run.rglob(".*"))  # nothing half-written is left
+
+
+@pytest.fixture(scope="module")
+def finished_run_of_two(train, tmp_path_factory) -> Path:
+    """The same as `finished_run` on two processes, at ZeRO stage 2."""
+    run = tmp_path_factory.mktemp("runs") / "finished"
+    train(run, {"--iterations": 6}, processes=2)
+    return run
+
+
+BRIEF_CASES = [*((1, moment) for moment in MOMENTS), (2, "in_the_middle"), (2, "while_a_later_checkpoint_is_written")]
+FURTHER_CASES = [(2, moment) for moment in MOMENTS if (2, moment) not in BRIEF_CASES]
+
+
+@pytest.mark.parametrize(("processes", "moment"), [*BRIEF_CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER_CASES)])
+def test_killed_run_goes_on(run_flags, request, tmp_path, processes, moment):
+    uninterrupted = request.getfixturevalue("finished_run" if processes == 1 else "finished_run_of_two")
+    run, log = tmp_path / "run", tmp_path / "log"
+    flags = run_flags(run, {"--iterations": 6})
+    forked = start_forked(TRAIN, *flags, processes=processes, log=log)
+    wait_for_moment(moment, run)
+    for process in forked:
+        process.kill()
+    for process in forked:
+        process.join()
+    assert [process.exitcode for process in forked] == [-signal.SIGKILL] * processes  # none had finished before
+    checkpointed = (run / "checkpoints" / "latest").exists()
+    assert checkpointed == (moment not in ("in_the_first_iteration", "while_the_first_checkpoint_is_written"))
+
+    result = run_script(TRAIN, *flags, processes=processes, log=log)
+    assert result.returncode == 0, result.stderr
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_killed_torchrun_goes_on(run_flags, finished_run_of_two, tmp_path):
+    """The command as a user gives it, killed twice, by one signal to the process group of torchrun and its two processes."""
+    run = tmp_path / "run"
+    command_line = command(TRAIN, *run_flags(run, {"--iterations": 6}), processes=2)
+    environment = os.environ | ENVIRONMENT
+    for moment in ("in_the_first_iteration", "in_the_middle", None):
+        with open(tmp_path / "log", "w") as log:
+            process = subprocess.Popen(command_line, env=environment, stdout=log, stderr=log, start_new_session=True)
+        try:
+            if moment is None:
+                assert process.wait(timeout=240) == 0, (tmp_path / "log").read_text()
+            else:
+                wait_for_moment(moment, run)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                assert process.wait() == -signal.SIGKILL
+    assert_same_run(run, finished_run_of_two)
+
+
+def test_longer_run_and_finished_run(train, finished_run, tmp_path):
+    """A finished run goes on with more --iterations; started again as it is, it changes nothing; fewer are refused."""
+    run = tmp_path / "run"
+    train(run, {"--iterations": 4})
+    train(run, {"--iterations": 6})
+    assert_same_run(run, finished_run)
+    train(run, {"--iterations": 6})
+    assert_same_run(run, finished_run)
+    result = train(run, {"--iterations": 3}, check=False)
+    assert result.returncode == 2
+    assert "iteration_000006 is at iteration 6, beyond --iterations 3" in result.stderr
+
+
+# --------------------------------------------------------------------------------------------------------------------- refused
+
+
+def refusal(train, run: Path, *flags: object, processes: int = 1) -> str:
+    """The sentence that ends this run, which must leave its folder as it was."""
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    result = train(run, {"--iterations": 8}, *flags, processes=processes, check=False)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    sentences = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(set(sentences)) == 1, result.stderr
+    return sentences[0]
+
+
+@pytest.fixture
+def run_copy(finished_run, tmp_path) -> Path:
+    shutil.copytree(finished_run, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_resume_never_refuses_a_folder_with_a_run(train, finished_run, tmp_path):
+    assert "has a run in it and --resume is never" in refusal(train, finished_run, {"--resume": "never"})
+    train(tmp_path / "new", {"--resume": "never", "--iterations": 1})
+    assert len(metrics_of(tmp_path / "new")) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "message"),
+    [
+        ({}, 2, "was saved with number of processes 1 and cannot be resumed with 2"),
+        ({"--zero_stage": 1}, 1, "was saved with --zero_stage 2 and cannot be resumed with 1"),
+        ({"--ema_decay": 0}, 1, "was saved with EMA and cannot be resumed without it: see --ema_decay"),
+    ],
+)
+def test_checkpoint_of_another_layout_is_refused(train, finished_run, flags, processes, message):
+    sentence = refusal(train, finished_run, flags, processes=processes)
+    assert message in sentence
+    assert "iteration_000006" in sentence
+
+
+@pytest.mark.parametrize("name", ["deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt", "ema_00000.safetensors", "state.json"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_damaged_checkpoint_is_refused_by_name(train, run_copy, name, damage):
+    path = run_copy / "checkpoints" / "iteration_000006" / name
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-10])
+    sentence = refusal(train, run_copy)
+    assert "iteration_000006" in sentence
+    assert "damaged" in sentence or "which is not there" in sentence
+    if damage == "truncated" and name != "state.json":
+        assert f"{path} has {path.stat().st_size} bytes, but {path.stat().st_size + 10} were saved" in sentence
+
+
+def test_last_checkpoint_can_be_given_up(train, run_copy, finished_run):
+    """What the refusal says: write the name of an earlier checkpoint into `latest`."""
+    shutil.rmtree(run_copy / "checkpoints" / "iteration_000006")
+    assert "iteration_000006" in refusal(train, run_copy)
+    (run_copy / "checkpoints" / "latest").write_text("iteration_000004")
+    train(run_copy, {"--iterations": 6})
+    assert_same_run(run_copy, finished_run)
