@@ -25,7 +25,7 @@ fi
 
 common=(--seed "$seed" --prompts_per_iteration 8 --num_generations 12 --sampling_steps 8 --lr_warmup_steps 5 --zero_stage 1
     --height 32 --width 32 --rollout_batch_size 48 --micro_batch_size 48 --checkpoint_every 100 --sample_every 100)
-early_noise=(--noise_level 2 --sde_window 0 4 --timestep_fraction 1 --updates_per_iteration 1 --learning_rate 3e-4 --ema_decay 0.95)
+early_noise=(--noise_level 2 --sde_window 0 4 --timestep_fraction 1 --updates_per_iteration 1 --learning_rate 1.5e-4 --ema_decay 0.97)
 case $experiment in
 paper_form)
     flags=(--rewards shapes shapes_strict --noise_level 0.7 --timestep_fraction 0.6 --updates_per_iteration 4 --clip_range 1e-4

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+from diffusers import AutoencoderKL, FluxPipeline
+from transformers import CLIPTextModel, CLIPTokenizer, T5Tokenizer
 
 from shapes import tiny_models
 from shapes.evaluation import evaluate_checker, evaluate_clip, evaluate_flux, evaluate_vae
@@ -54,8 +54,6 @@ class Args:
     """Training steps of FLUX, 64 pictures each."""
     flux_learning_rate: float = 1.2e-3
     """Peak learning rate of FLUX."""
-    continue_flux: bool = False
-    """Train FLUX on from the saved weights, on new pictures if `--seed` is another, instead of from random ones."""
 
 
 def main(args: Args) -> None:
@@ -141,11 +139,7 @@ def train_flux(args: Args, rng: np.random.Generator) -> None:
     folder = args.output_dir / "flux"
     vae, text_encoder = AutoencoderKL.from_pretrained(folder / "vae"), CLIPTextModel.from_pretrained(folder / "text_encoder")
     tokenizer, tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(folder / "tokenizer_2")
-    if args.continue_flux:
-        transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer").train()
-        text_encoder_2 = T5EncoderModel.from_pretrained(folder / "text_encoder_2").train()
-    else:
-        transformer, text_encoder_2 = tiny_models.flux_transformer(), tiny_models.t5_encoder(tokenizer_2)
+    transformer, text_encoder_2 = tiny_models.flux_transformer(), tiny_models.t5_encoder(tokenizer_2)
     captions, noise_of_captions = [caption(spec) for spec in RL_SPECS], caption_noise()
     padding = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
     t5_ids = tokenizer_2(captions, **padding).input_ids

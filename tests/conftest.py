@@ -125,7 +125,7 @@ def start_forked(script: Path, *flags: object, processes: int = 1, log: Path) ->
     return forked
 
 
-def run_script(script: Path, *flags: object, processes: int = 1, log: Path, timeout: float = 240) -> subprocess.CompletedProcess:
+def run_script(script: Path, *flags: object, processes: int = 1, log: Path, timeout: float = 600) -> subprocess.CompletedProcess:
     """Run a script to its end in forked processes. As under torchrun, the first that fails ends the others and gives the exit code."""
     forked = start_forked(script, *flags, processes=processes, log=log)
     deadline = time.monotonic() + timeout

@@ -17,7 +17,7 @@ from fastvideo.embedding_cache import EmbeddingCache
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "preprocess" / "embed_flux.py"
-MODEL = Path(os.environ.get("E2E_MODEL", REPOSITORY / "shapes" / "models" / "flux"))
+MODEL = REPOSITORY / "shapes" / "models" / "flux"
 PROMPTS = (REPOSITORY / "shapes" / "prompts" / "train.txt").read_text().splitlines()[:7]
 LONG = "a red circle and a blue square and a green triangle and a yellow circle and a red square and a blue triangle"
 

@@ -53,11 +53,11 @@ def finished_run_of_two(train, tmp_path_factory) -> Path:
     return run
 
 
-BRIEF_CASES = [*((1, moment) for moment in MOMENTS), (2, "in_the_middle"), (2, "while_a_later_checkpoint_is_written")]
-FURTHER_CASES = [(2, moment) for moment in MOMENTS if (2, moment) not in BRIEF_CASES]
+QUICK_CASES = [*((1, moment) for moment in MOMENTS), (2, "in_the_middle"), (2, "while_a_later_checkpoint_is_written")]
+FURTHER_CASES = [(2, moment) for moment in MOMENTS if (2, moment) not in QUICK_CASES]
 
 
-@pytest.mark.parametrize(("processes", "moment"), [*BRIEF_CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER_CASES)])
+@pytest.mark.parametrize(("processes", "moment"), [*QUICK_CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in FURTHER_CASES)])
 def test_killed_run_goes_on(run_flags, request, tmp_path, processes, moment):
     uninterrupted = request.getfixturevalue("finished_run" if processes == 1 else "finished_run_of_two")
     run, log = tmp_path / "run", tmp_path / "log"
