@@ -44,6 +44,7 @@ SMALL_RUN = {
     "--num_generations": 4,
     "--updates_per_iteration": 2,
     "--sampling_steps": 5,
+    "--micro_batch_size": 6,
     "--learning_rate": 1e-4,
     "--ema_decay": 0.5,
     "--checkpoint_every": 2,

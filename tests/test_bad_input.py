@@ -291,18 +291,17 @@ def healthy_runs(train, tmp_path_factory) -> dict[int, Path]:
 
 
 @pytest.mark.parametrize(
-    ("mode", "processes", "message"),
+    ("mode", "processes", "iteration", "message"),
     [
-        ("nan", 1, "reward 'sick' is nan for a sample of the prompt '"),
-        ("inf", 1, "reward 'sick' is inf for a sample of the prompt '"),
-        ("raise", 1, "reward 'sick' failed on a batch of 4: RuntimeError: the scorer is out of paint"),
-        ("shape", 1, "reward 'sick' returned shape (4, 1) for 4 samples; it must be (4,)"),
-        ("nan", 2, "reward 'sick' is nan for a sample of the prompt '"),
-        ("raise", 2, "reward 'sick' failed on a batch of 4: RuntimeError: the scorer is out of paint"),
+        ("nan", 1, 1, "reward 'sick' is nan for a sample of the prompt '"),
+        ("inf", 1, 3, "reward 'sick' is inf for a sample of the prompt '"),
+        ("raise", 1, 3, "reward 'sick' failed on a batch of 4: RuntimeError: the scorer is out of paint"),
+        ("shape", 1, 3, "reward 'sick' returned shape (4, 1) for 4 samples; it must be (4,)"),
+        ("nan", 2, 3, "reward 'sick' is nan for a sample of the prompt '"),
+        ("raise", 2, 1, "reward 'sick' failed on a batch of 4: RuntimeError: the scorer is out of paint"),
     ],
 )
-@pytest.mark.parametrize("iteration", [1, 3])
-def test_failing_reward(train, healthy_runs, tmp_path, mode, processes, message, iteration):
+def test_failing_reward(train, healthy_runs, tmp_path, mode, processes, iteration, message):
     """The last process's reward fails: all stop in that iteration, and with a mended reward go on as if nothing had happened."""
     script, run = sick_script(tmp_path, 2 * iteration - 1, processes - 1), tmp_path / "run"
     result = train(run, sick_flags(processes, mode), script=script, processes=processes, check=False)
