@@ -17,7 +17,7 @@ echo "== 2. train"
 train_start=$SECONDS
 torchrun --standalone --nproc_per_node "$processes" train_grpo_flux.py \
     --model shapes/models/flux --embeddings runs/embeddings/flux_shapes --output_dir "$run" \
-    --rewards shapes shapes_strict --iterations 200 --prompts_per_iteration 8 --num_generations 12 --updates_per_iteration 1 \
+    --rewards shapes shapes_strict --iterations 180 --prompts_per_iteration 8 --num_generations 12 --updates_per_iteration 1 \
     --sampling_steps 8 --shift 3 --noise_level 2 --sde_window 0 4 --timestep_fraction 1 \
     --learning_rate 1.5e-4 --ema_decay 0.97 --lr_warmup_steps 5 --zero_stage 1 \
     --height 32 --width 32 --rollout_batch_size 48 --micro_batch_size 48 --checkpoint_every 60 --sample_every 60 "$@"

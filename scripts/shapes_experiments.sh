@@ -6,7 +6,7 @@
 #   paper_form         the paper's own form on single objects: constant noise, random 60 % of the steps, 4 updates an iteration
 #   aesthetic          a taste that ignores the prompt, with the quickstart's sampler
 #   aesthetic_binary   the same, as 0 or 1 around a threshold
-#   long               the quickstart's recipe for 400 iterations
+#   long               the quickstart's recipe for 300 iterations
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 cd "$repository"
 export OMP_NUM_THREADS=1
@@ -33,7 +33,7 @@ paper_form)
     ;;
 aesthetic) flags=(--rewards aesthetic "${early_noise[@]}" --iterations 100) ;;
 aesthetic_binary) flags=(--rewards aesthetic@0.6 "${early_noise[@]}" --iterations 100) ;;
-long) flags=(--rewards shapes shapes_strict "${early_noise[@]}" --iterations 400) ;;
+long) flags=(--rewards shapes shapes_strict "${early_noise[@]}" --iterations 300) ;;
 *) fail "unknown experiment '$experiment': see the head of $0" ;;
 esac
 
