@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs what the tests need into .venv and runs the checks and tests; arguments go to pytest:
-#   bash scripts/test.sh                      all of them, the slow ones too
-#   bash scripts/test.sh -m "not slow"        the quick ones
+#   bash scripts/test.sh                      a few minutes
+#   bash scripts/test.sh -m slow              those left out above
 #   bash scripts/test.sh tests/test_sampler.py -k marginals
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
 cd "$repository"
