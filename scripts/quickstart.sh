@@ -17,16 +17,16 @@ echo "== 2. train"
 train_start=$SECONDS
 torchrun --standalone --nproc_per_node "$processes" train_grpo_flux.py \
     --model shapes/models/flux --embeddings runs/embeddings/flux_shapes --output_dir "$run" \
-    --rewards shapes shapes_strict --iterations 180 --prompts_per_iteration 8 --num_generations 12 --updates_per_iteration 1 \
+    --rewards shapes shapes_strict --iterations 190 --prompts_per_iteration 8 --num_generations 16 --best_of_n 8 --updates_per_iteration 1 \
     --sampling_steps 8 --shift 3 --noise_level 2 --sde_window 0 4 --timestep_fraction 1 \
-    --learning_rate 1.5e-4 --ema_decay 0.97 --lr_warmup_steps 5 --zero_stage 1 \
-    --height 32 --width 32 --rollout_batch_size 48 --micro_batch_size 48 --checkpoint_every 60 --sample_every 60 "$@"
+    --learning_rate 2e-4 --ema_decay 0.97 --lr_warmup_steps 5 --zero_stage 1 \
+    --height 32 --width 32 --rollout_batch_size 64 --micro_batch_size 64 --checkpoint_every 60 --sample_every 60 "$@"
 train_seconds=$((SECONDS - train_start))
 
 echo "== 3. evaluate before and after, on prompts that training never asked for"
 torchrun --standalone --nproc_per_node "$processes" evaluate.py --model shapes/models/flux --checkpoint "$run/export" \
     --prompts shapes/prompts/heldout.txt --rewards shapes_strict shapes clip=shapes/models/clip aesthetic \
-    --num_seeds 3 --images_per_prompt 14 --batch_size 64 --output_dir "$run/evaluation"
+    --num_seeds 3 --images_per_prompt 24 --batch_size 64 --output_dir "$run/evaluation"
 
 cat <<END
 

@@ -20,19 +20,20 @@ if [ "$experiment" = paper_form ]; then
     for split in train heldout; do grep -v " and " "shapes/prompts/$split.txt" >"$prompts/single_$split.txt"; done
     train=$prompts/single_train.txt heldout=$prompts/single_heldout.txt images=90 cache=runs/embeddings/flux_shapes_single
 else
-    train=shapes/prompts/train.txt heldout=shapes/prompts/heldout.txt images=14 cache=runs/embeddings/flux_shapes
+    train=shapes/prompts/train.txt heldout=shapes/prompts/heldout.txt images=24 cache=runs/embeddings/flux_shapes
 fi
 
-common=(--seed "$seed" --prompts_per_iteration 8 --num_generations 12 --sampling_steps 8 --lr_warmup_steps 5 --zero_stage 1
-    --height 32 --width 32 --rollout_batch_size 48 --micro_batch_size 48 --checkpoint_every 100 --sample_every 100)
-early_noise=(--noise_level 2 --sde_window 0 4 --timestep_fraction 1 --updates_per_iteration 1 --learning_rate 1.5e-4 --ema_decay 0.97)
+common=(--seed "$seed" --prompts_per_iteration 8 --sampling_steps 8 --lr_warmup_steps 5 --zero_stage 1
+    --height 32 --width 32 --rollout_batch_size 64 --micro_batch_size 64 --checkpoint_every 100 --sample_every 100)
+early_noise=(--num_generations 16 --best_of_n 8 --updates_per_iteration 1 --noise_level 2 --sde_window 0 4 --timestep_fraction 1
+    --learning_rate 2e-4 --ema_decay 0.97)
 case $experiment in
 paper_form)
-    flags=(--rewards shapes shapes_strict --noise_level 0.7 --timestep_fraction 0.6 --updates_per_iteration 4 --clip_range 1e-4
+    flags=(--rewards shapes shapes_strict --num_generations 12 --updates_per_iteration 4 --noise_level 0.7 --timestep_fraction 0.6 --clip_range 1e-4
         --learning_rate 1e-4 --ema_decay 0.98 --iterations 150)
     ;;
-aesthetic) flags=(--rewards aesthetic "${early_noise[@]}" --iterations 100) ;;
-aesthetic_binary) flags=(--rewards aesthetic@0.6 "${early_noise[@]}" --iterations 100) ;;
+aesthetic) flags=(--rewards aesthetic "${early_noise[@]}" --iterations 60) ;;
+aesthetic_binary) flags=(--rewards aesthetic@0.6 "${early_noise[@]}" --iterations 60) ;;
 long) flags=(--rewards shapes shapes_strict "${early_noise[@]}" --iterations 300) ;;
 *) fail "unknown experiment '$experiment': see the head of $0" ;;
 esac

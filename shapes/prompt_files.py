@@ -1,7 +1,7 @@
 """The captions that RL trains and tests on: `python shapes/prompt_files.py` writes `shapes/prompts/train.txt` and `heldout.txt`.
 
 They are a small part of the world: 4 colours, single objects and "a A and a B". Held out are four of the twelve single objects, among
-them every colour, and a third of the pairs of objects; of a held-out pair neither order is trained on, and no file has both orders.
+them every colour, and twelve of the pairs of objects; of a held-out pair neither order is trained on, and no file has both orders.
 """
 
 import sys
@@ -19,8 +19,8 @@ RL_THINGS = tuple(product(RL_COLOURS, SHAPES))
 RL_SPECS = tuple(Spec(things) for number in (1, 2) for things in permutations(RL_THINGS, number))  # 12 singles, then 132 ordered pairs
 
 HELDOUT_SINGLES = (("red", "triangle"), ("green", "square"), ("blue", "circle"), ("yellow", "triangle"))
-HELDOUT_PAIRS = 22  # of the 66
-TRAIN_PAIRS = 24  # of the other 44: few, so that a quarter of the training prompts are single objects, the easier task
+HELDOUT_PAIRS = 12  # of the 66: with the 4 single objects, the same mix as the training prompts
+TRAIN_PAIRS = 24  # of the other 54: few, so that a quarter of the training prompts are single objects, the easier task
 
 
 def split(seed: int = 0) -> tuple[list[Spec], list[Spec]]:
