@@ -22,7 +22,7 @@ from fastvideo import distributed
 from fastvideo.distributed import Ranks, UserError, keyed_generator
 from fastvideo.files import whole_file
 from fastvideo.media import save_grid, to_pil
-from fastvideo.pretrained import load_pretrained
+from fastvideo.pretrained import first_line, load_pretrained
 from fastvideo.prompts import read_prompts
 from fastvideo.rewards import Reward, load_rewards, parse_rewards, score
 from fastvideo.tracking import plot_rewards
@@ -90,25 +90,26 @@ def main() -> None:
     pictures, labels = [], []
     for name in ("base", "trained") if args.checkpoint else ("base",):
         if name == "trained":
-            pipeline.transformer = load_pretrained(
-                type(pipeline.transformer), args.checkpoint, "transformer", "--checkpoint", torch_dtype=pipeline.transformer.dtype
-            ).to(ranks.device)
+            model_class, dtype = type(pipeline.transformer), pipeline.transformer.dtype
+            pipeline.transformer = None  # two of them may not fit on one GPU
+            pipeline.transformer = load_pretrained(model_class, args.checkpoint, "transformer", "--checkpoint", torch_dtype=dtype)
+            pipeline.to(ranks.device)
         scores, shown = evaluate(name, pipeline, sampling, rows, rewards, args, ranks)
         results[name] = {reward: summary(values) for reward, values in scores.items()}
         pictures.append(shown)
         captions = [rows[i % len(rows)]["prompt"] for i in range(len(shown))]
         first = [" ".join(f"{scores[reward][0][i * args.images_per_prompt]:.2f}" for reward in rewards) for i in range(len(shown))]
-        labels.append([f"{name}: {caption} [{numbers}]" for caption, numbers in zip(captions, first)])
+        labels.append([f"{name} {numbers} {caption}" for caption, numbers in zip(captions, first)])
 
     if ranks.is_main:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         with whole_file(args.output_dir / "results.json") as path:
             path.write_text(json.dumps(results, indent=2))
         save_grid(args.output_dir / "samples.png", pictures, labels)
+        print_table(results)
         run = args.checkpoint.parent if args.checkpoint else None
         if run and (run / "metrics.jsonl").exists():
             plot_rewards(run, args.output_dir / "rewards.png", results)
-        print_table(results)
         print(f"written to {args.output_dir}")
 
 
@@ -120,7 +121,7 @@ def load_pipeline(args: Args, device: torch.device) -> DiffusionPipeline:
     try:
         pipeline = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, dtype), local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"--model {args.model} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"--model {args.model} cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

@@ -1,7 +1,7 @@
 """GRPO training of FLUX (rectified flow, packed latents), in one file: DanceGRPO, https://arxiv.org/abs/2505.07818.
 
-    python train_grpo_flux.py --model shapes/models/flux --embeddings CACHE --output_dir RUN --rewards shapes
-    torchrun --standalone --nproc_per_node 8 train_grpo_flux.py --model FLUX.1-dev --embeddings CACHE --output_dir RUN --rewards hpsv2=FILE
+    python train_grpo_flux.py --model shapes/models/flux --embeddings CACHE --output_dir RUN --rewards shapes --height 32 --width 32
+    torchrun --standalone --nproc_per_node 8 train_grpo_flux.py --model FLUX.1-dev --embeddings CACHE --output_dir RUN --rewards clip=FOLDER
 
 Equation numbers are the paper's. Letters for shapes: B samples in a batch, P prompts, G samples of one prompt (--num_generations),
 T sampling steps, K trained steps of a sample, N image tokens, C channels of a packed latent.
@@ -231,7 +231,8 @@ def load_models(args: Args, dtype: torch.dtype, device: torch.device) -> tuple[F
         raise UserError(f"--height {args.height} and --width {args.width} must be multiples of {scale} for {args.model}")
     backend = args.attention
     if backend == "auto":
-        backend = "flash" if device.type == "cuda" and importlib.util.find_spec("flash_attn") else "native"
+        usable = device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn")
+        backend = "flash" if usable else "native"
     try:
         if backend != "native":
             transformer.set_attention_backend(backend)
@@ -397,7 +398,7 @@ def grpo_loss(
         stats = {
             "ratio_mean": ratio.mean(),
             "ratio_max_dev": (ratio - 1).abs().max(),
-            "approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),
+            "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
             "clip_frac": ((ratio - 1).abs() > clip_range).float().mean(),
         }
     return loss, stats
@@ -456,9 +457,13 @@ def main() -> None:
     if dtype == torch.bfloat16 and args.zero_stage == 0:
         raise UserError("--zero_stage 0 keeps no float32 master weights, which --dtype bfloat16 needs: use --zero_stage 1")
     checkpoints = args.output_dir / "checkpoints"
-    resume_from = checkpoint.latest(checkpoints)
+    resume_from = distributed.on_main(lambda: checkpoint.latest(checkpoints))
     if args.resume == "never" and (resume_from or (args.output_dir / "metrics.jsonl").exists()):
         raise UserError(f"--output_dir {args.output_dir} has a run in it and --resume is never: choose another folder")
+
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(args).items()}
+    if resume_from:
+        distributed.on_main(lambda: tracking.check_arguments(args.output_dir, arguments))
 
     # Data, rewards, models, engine.
     cache = EmbeddingCache(args.embeddings, ranks=ranks)
@@ -466,9 +471,7 @@ def main() -> None:
     rewards = load_rewards(parse_rewards(args.rewards), device)
     weights = dict(zip(rewards, args.reward_weights, strict=True))
     transformer, vae = load_models(args, dtype, device)
-    reference = None
-    if args.kl_weight and not args.lora_rank:
-        reference = copy.deepcopy(transformer).requires_grad_(False)
+    reference = copy.deepcopy(transformer).requires_grad_(False) if args.kl_weight and not args.lora_rank else None
     local_prompts = P // ranks.world_size
     steps_trained = select_timesteps([torch.Generator()], len(args.stochastic_steps), args.timestep_fraction).shape[1]
     pairs_per_update = local_prompts * (args.kept_generations // N) * steps_trained
@@ -493,11 +496,11 @@ def main() -> None:
     done = checkpoint.load(engine, ema, resume_from, ranks) if resume_from else 0
     if done > args.iterations:
         raise UserError(f"{resume_from} is at iteration {done}, beyond --iterations {args.iterations}")
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(args).items()}
     sampling = {name: arguments[name] for name in ("sampling_steps", "shift", "embedded_guidance", "height", "width")}
     sampling["max_sequence_length"] = cache.fingerprint["max_sequence_length"]
     if ranks.is_main:
         args.output_dir.mkdir(parents=True, exist_ok=True)
+        print(f"resuming from {resume_from}" if resume_from else f"a new run in {args.output_dir}")
         print(f"{len(cache)} prompts, {G} samples of each of {P} an iteration on {ranks.world_size} {device.type} processes, {dtype_name}")
     tracking.write_manifest(args.output_dir, __file__, arguments, sampling, ranks)
     tracker = tracking.Tracker(args.output_dir, args.trackers, arguments, done, ranks)
@@ -615,9 +618,8 @@ def main() -> None:
             with ema.applied() if ema else nullcontext():
                 pictures = sample_pictures(engine, transformer, vae, cache, schedule, latent_shape, args, ranks)
             if ranks.is_main:
-                path = args.output_dir / "samples" / f"iteration_{iteration:06d}.png"
-                path.parent.mkdir(exist_ok=True)
                 captions = [cache.rows[i % len(cache)]["prompt"] for i in range(8)]
+                path = args.output_dir / "samples" / f"iteration_{iteration:06d}.png"
                 save_grid(path, [pictures[:4], pictures[4:]], [captions[:4], captions[4:]])
                 tracker.log_picture(iteration, "samples", path)
         if iteration % args.checkpoint_every == 0 or last:

@@ -7,10 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
+from diffusers import ModelMixin
 from peft import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from fastvideo.distributed import Ranks, UserError
+from fastvideo.distributed import Ranks, UserError, on_main
 from fastvideo.ema import EMA
 from fastvideo.files import rename_folder, whole_file, whole_folder
 from fastvideo.zero import full_state_dict
@@ -20,8 +21,11 @@ def save(engine: DeepSpeedEngine, ema: EMA | None, folder: Path, iteration: int,
     """Collective. Write `folder/iteration_NNNNNN`, point `folder/latest` at it, and delete all but the newest `keep` checkpoints.
 
     A process killed at any moment leaves the previous checkpoint in force: the new one gets its name only once all of it is on disk.
+    Checkpoints of later iterations, left by someone who went back to an earlier one, are deleted too. `folder` must be shared by all nodes.
     """
     name = f"iteration_{iteration:06d}"
+    if on_main(lambda: latest(folder) == folder / name):
+        return
     temporary = folder / f".{name}.tmp"
     if ranks.is_main:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -38,7 +42,9 @@ def save(engine: DeepSpeedEngine, ema: EMA | None, folder: Path, iteration: int,
         rename_folder(temporary, folder / name)
         with whole_file(folder / "latest") as path:
             path.write_text(name)
-        for old in sorted(folder.glob("iteration_*"))[:-keep]:
+        others = sorted(path for path in folder.glob("iteration_*") if path.name != name)
+        earlier = [path for path in others if path.name < name]
+        for old in set(others) - set(earlier[len(earlier) - (keep - 1) :]):
             shutil.rmtree(old)
         for abandoned in folder.glob(".iteration_*"):
             shutil.rmtree(abandoned)
@@ -91,9 +97,12 @@ def export(engine: DeepSpeedEngine, folder: Path, subfolder: str) -> None:
     With a LoRA adapter its weights also go to `folder/lora` (for `pipeline.load_lora_weights`), and `folder/subfolder` has them merged.
     """
     state = full_state_dict(engine)
-    if not state:
-        return
-    model = engine.module
+    if state:
+        _write_export(engine.module, state, folder, subfolder)
+    dist.barrier()
+
+
+def _write_export(model: ModelMixin, state: dict[str, torch.Tensor], folder: Path, subfolder: str) -> None:
     with torch.device("meta"):
         copy = type(model).from_config(model.config)
         for name, lora_config in getattr(model, "peft_config", {}).items():

@@ -68,6 +68,10 @@ def run(main: Callable[[], None]) -> None:
     """Call `main`; a `UserError` becomes one sentence on stderr, once, and exit code 2. Other errors keep their traceback."""
     try:
         main()
+    except KeyboardInterrupt:
+        if launch_rank() == 0:
+            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+        os._exit(130)  # the process group's threads would wait for each other
     except UserError as error:
         if launch_rank() != 0:
             time.sleep(10)  # an error of all ranks is told by rank 0, after which torchrun ends this process; else it is ours to tell

@@ -35,7 +35,7 @@ def check_encoder(cache: EmbeddingCache, model_dir: str | Path) -> None:
 
     def check() -> None:
         if not Path(model_dir).is_dir():
-            raise UserError(f"model folder {model_dir} does not exist")
+            raise UserError(f"--model: model folder {model_dir} does not exist")
         if any((Path(model_dir) / name).exists() for name in subfolders):
             refuse_difference(cache.path, cache.fingerprint, encoder_fingerprint(model_dir, subfolders), str(model_dir))
         else:

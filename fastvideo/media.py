@@ -31,6 +31,7 @@ def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]]
             grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
             for line, text in enumerate(_wrap(label, width // 6)[:2]):
                 draw.text((x + 2, y + height + 12 * line), text, fill="black")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         grid.save(temporary, format="PNG")
 

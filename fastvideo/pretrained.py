@@ -8,6 +8,11 @@ from safetensors import SafetensorError
 from fastvideo.distributed import UserError
 
 
+def first_line(error: Exception) -> str:
+    """What an error of diffusers or transformers says, without the pages that may follow."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, flag: str = "--model", **options: Any) -> Any:
     """`model_class.from_pretrained(folder, subfolder=subfolder, **options)`, from disk only.
 
@@ -21,7 +26,7 @@ def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, flag: 
     try:
         model, info = model_class.from_pretrained(folder, subfolder=subfolder, local_files_only=True, output_loading_info=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{flag}: {path} cannot be loaded as {model_class.__name__}: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{flag}: {path} cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             names = ", ".join(sorted(map(str, info[kind]))[:3])

@@ -2,8 +2,10 @@
 
 import importlib.metadata
 import json
+import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -15,9 +17,10 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastvideo.distributed import Ranks, UserError
+from fastvideo.distributed import Ranks, UserError, warn
 from fastvideo.files import whole_file
 
+DECIDED_BY_CHECKPOINT = ("learning_rate", "weight_decay", "lora_rank")
 PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "peft", "safetensors")
 
 
@@ -123,13 +126,14 @@ def write_manifest(output_dir: Path, script: str, arguments: dict[str, Any], sam
     if not ranks.is_main:
         return
     root = Path(script).resolve().parent
-    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    has_git = shutil.which("git") is not None
+    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if has_git else None
     manifest = {
         "script": Path(script).name,
         "command": sys.argv,
         "arguments": arguments,
         "sampling": sampling,
-        "git": git.stdout.strip() or None,
+        "git": (git.stdout.strip() or None) if git else None,
         "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
         "world_size": ranks.world_size,
         "device": str(ranks.device.type),
@@ -137,6 +141,17 @@ def write_manifest(output_dir: Path, script: str, arguments: dict[str, Any], sam
     }
     with whole_file(output_dir / "manifest.json") as temporary:
         temporary.write_text(json.dumps(manifest, indent=2))
+
+
+def check_arguments(output_dir: Path, arguments: dict[str, Any]) -> None:
+    """Compare with the arguments that the resumed run was started with: warns of each change, UserError for one the checkpoint decides."""
+    before = json.loads((output_dir / "manifest.json").read_text())["arguments"]
+    for name, value in json.loads(json.dumps(arguments)).items():
+        if name in before and before[name] != value:
+            change = f"--{name} was {before[name]} when the run in {output_dir} was started, and is {value} now"
+            if name in DECIDED_BY_CHECKPOINT:
+                raise UserError(f"{change}: it cannot change on a resume; choose another --output_dir")
+            warn(change)
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:
@@ -156,8 +171,8 @@ def plot_rewards(output_dir: Path, path: Path, evaluation: dict[str, Any] | None
     from matplotlib import pyplot
 
     metrics = read_metrics(output_dir)
-    keys = [key for key in metrics[0] if key.startswith("reward/") and key.endswith("_mean")]
-    curves = {key.removeprefix("reward/").removesuffix("_mean"): [row[key] for row in metrics] for key in keys}
+    keys = dict.fromkeys(key for row in metrics for key in row if key.startswith("reward/") and key.endswith("_mean"))
+    curves = {key.removeprefix("reward/").removesuffix("_mean"): [row.get(key, math.nan) for row in metrics] for key in keys}
     names = list(dict.fromkeys([*curves, *(evaluation["base"] if evaluation else [])]))
     iterations = [row["iteration"] for row in metrics]
     figure, axes = pyplot.subplots(len(names), 1, figsize=(7.5, 2.6 * len(names)), squeeze=False, sharex=True)
@@ -167,14 +182,14 @@ def plot_rewards(output_dir: Path, path: Path, evaluation: dict[str, Any] | None
             averages = [values[max(0, i - window + 1) : i + 1].mean() for i in range(len(values))]
             axis.plot(iterations, values, color="tab:blue", alpha=0.25)
             axis.plot(iterations, averages, color="tab:blue", label="training samples")
-        if evaluation:
+        if evaluation and name in evaluation["base"]:
             base, trained = evaluation["base"][name], evaluation["trained"][name]
             axis.axhline(base["mean"], color="gray", label="base, evaluation prompts (band: 2 sd over noise seeds)")
             axis.axhspan(base["mean"] - 2 * base["seed_std"], base["mean"] + 2 * base["seed_std"], color="gray", alpha=0.3)
             axis.errorbar(
                 iterations[-1], trained["mean"], 2 * trained["seed_std"], fmt="o", color="tab:red", label="trained, evaluation prompts"
             )
-            axis.legend(fontsize=7)
+        axis.legend(fontsize=7)
         axis.set_ylabel(name)
     axes[-1, 0].set_xlabel("iteration")
     figure.tight_layout()

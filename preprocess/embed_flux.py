@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, T5EncoderModel
 from fastvideo.distributed import UserError, init, launch_rank, on_main, run
 from fastvideo.embedding_cache import write_cache
 from fastvideo.fingerprint import encoder_fingerprint
-from fastvideo.pretrained import load_pretrained
+from fastvideo.pretrained import first_line, load_pretrained
 from fastvideo.prompts import read_prompts
 
 ENCODER_FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
@@ -66,7 +66,7 @@ def load_encoders(model: str, dtype: torch.dtype) -> FluxPipeline:
             model, text_encoder=text_encoder, text_encoder_2=text_encoder_2, transformer=None, vae=None, local_files_only=True
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"--model: {model} cannot be loaded as FluxPipeline: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"--model: {model} cannot be loaded as FluxPipeline: {first_line(error)}") from error
     for name in ("tokenizer", "tokenizer_2"):
         # Without these files transformers makes a tokenizer that knows no words, and says nothing.
         files = {kind: Path(model) / name / file for kind, file in getattr(pipeline, name).vocab_files_names.items()}

@@ -1,6 +1,5 @@
-# Sourced by the other scripts, not run: makes the repository's .venv if it is missing, installs a requirements file into it, and puts it on
-# PATH. Sets `repository`; the working directory stays.
-#   source scripts/setup.sh requirements.txt
+# Makes the repository's .venv if it is missing and installs a requirements file into it: bash scripts/setup.sh requirements.txt
+# The other scripts source it, which also puts .venv on PATH and sets `repository`; the working directory stays.
 # PYTHON chooses the interpreter. A requirements file is installed again only when it or the packages' pins change.
 
 set -euo pipefail
@@ -41,5 +40,4 @@ install_requirements() {
 
 install_requirements "$1"
 export PATH="$repository/.venv/bin:$PATH"
-command -v nvidia-smi >/dev/null || export DS_ACCELERATOR=cpu # else DeepSpeed warns that it found no GPU
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error

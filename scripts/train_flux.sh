@@ -4,14 +4,14 @@
 #
 #   MODEL=models/FLUX.1-dev EMBEDDINGS=runs/embeddings/flux CLIP=models/clip bash scripts/train_flux.sh --output_dir runs/flux
 #
-# On each node set NNODES, NODE_RANK and MASTER_ADDR. One node of 8 GPUs: NNODES=1 and add --lora_rank 32 --learning_rate 1e-4.
+# On each of 4 nodes also set NNODES=4, NODE_RANK and MASTER_ADDR. On one node add --lora_rank 32 --learning_rate 1e-4.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --nnodes "${NNODES:-4}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
+torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-    "$repository/train_grpo_flux.py" --model "${MODEL:?the FLUX.1-dev folder}" --embeddings "${EMBEDDINGS:?the embedding cache}" \
-    --rewards "clip=${CLIP:?a CLIP folder}" \
+    "$repository/train_grpo_flux.py" --model "${MODEL:?set MODEL to the FLUX.1-dev folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
+    --rewards "clip=${CLIP:?set CLIP to a CLIP folder}" \
     --iterations 300 --prompts_per_iteration 32 --num_generations 12 --updates_per_iteration 4 \
     --height 720 --width 720 --sampling_steps 16 --shift 3 --noise_level 0.3 --timestep_fraction 0.6 --embedded_guidance 3.5 \
     --learning_rate 1e-5 --clip_range 1e-4 --ema_decay 0.995 \
-    --zero_stage 2 --gradient_checkpointing --rollout_batch_size 6 --micro_batch_size 2 --checkpoint_every 50 "$@"
+    --zero_stage 2 --gradient_checkpointing --rollout_batch_size 3 --micro_batch_size 3 --checkpoint_every 50 "$@"

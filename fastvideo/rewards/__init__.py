@@ -85,11 +85,13 @@ def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> 
     scores = {}
     for name, reward in rewards.items():
         try:
-            values = reward(media, rows).detach().float().cpu()
+            with torch.no_grad():
+                values = reward(media, rows).float().cpu()
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename}, line {frame.lineno}"
-            raise UserError(f"reward {name!r} failed on a batch of {len(rows)}: {type(error).__name__}: {error} ({where})") from error
+            batch = f"a batch of {len(rows)} that begins with the prompt {rows[0]['prompt']!r}"
+            raise UserError(f"reward {name!r} failed on {batch}: {type(error).__name__}: {error} ({where})") from error
         if values.shape != (len(rows),):
             raise UserError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(rows)} samples; it must be ({len(rows)},)")
         for value, row in zip(values.tolist(), rows):
