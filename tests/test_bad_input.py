@@ -295,10 +295,10 @@ def healthy_runs(train, tmp_path_factory) -> dict[int, Path]:
     [
         ("nan", 1, 1, "reward 'sick' is nan for a sample of the prompt '"),
         ("inf", 1, 3, "reward 'sick' is inf for a sample of the prompt '"),
-        ("raise", 1, 3, "reward 'sick' failed on a batch of 4: RuntimeError: the scorer is out of paint"),
+        ("raise", 1, 3, "reward 'sick' failed on a batch of 4 that begins with the prompt '"),
         ("shape", 1, 3, "reward 'sick' returned shape (4, 1) for 4 samples; it must be (4,)"),
         ("nan", 2, 3, "reward 'sick' is nan for a sample of the prompt '"),
-        ("raise", 2, 1, "reward 'sick' failed on a batch of 4: RuntimeError: the scorer is out of paint"),
+        ("raise", 2, 1, "reward 'sick' failed on a batch of 4 that begins with the prompt '"),
     ],
 )
 def test_failing_reward(train, healthy_runs, tmp_path, mode, processes, iteration, message):
@@ -310,6 +310,7 @@ def test_failing_reward(train, healthy_runs, tmp_path, mode, processes, iteratio
     sentences = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(sentences) == 1, result.stderr
     assert message in sentences[0]
+    assert (mode == "raise") == ("RuntimeError: the scorer is out of paint" in sentences[0])
     assert not (run / "metrics.jsonl").exists() if iteration == 1 else [row["iteration"] for row in metrics_of(run)] == [1, 2]
     assert (run / "checkpoints" / "latest").read_text() == f"iteration_{iteration - 1:06d}"
 

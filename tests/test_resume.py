@@ -174,3 +174,18 @@ def test_last_checkpoint_can_be_given_up(train, run_copy, finished_run):
     (run_copy / "checkpoints" / "latest").write_text("iteration_000004")
     train(run_copy, {"--iterations": 6})
     assert_same_run(run_copy, finished_run)
+
+
+def test_going_back_while_later_checkpoints_exist(train, run_copy, finished_run):
+    """They are the future of a past that is done again: never kept in place of the checkpoints of this run."""
+    (run_copy / "checkpoints" / "latest").write_text("iteration_000002")
+    train(run_copy, {"--iterations": 6, "--keep_checkpoints": 1})
+    assert_same_run(run_copy, finished_run)
+    assert [path.name for path in (run_copy / "checkpoints").iterdir() if path.is_dir()] == ["iteration_000006"]
+
+
+def test_changed_arguments(train, run_copy):
+    """What the checkpoint decides cannot change; any other change is said."""
+    assert "--learning_rate was 0.0001 when the run in" in refusal(train, run_copy, {"--learning_rate": 1e-3})
+    result = train(run_copy, {"--iterations": 7}, {"--noise_level": 0.4})
+    assert "warning: --noise_level was 0.3 when the run in" in result.stderr and "and is 0.4 now" in result.stderr
