@@ -145,7 +145,12 @@ def write_manifest(output_dir: Path, script: str, arguments: dict[str, Any], sam
 
 def check_arguments(output_dir: Path, arguments: dict[str, Any]) -> None:
     """Compare with the arguments that the resumed run was started with: warns of each change, UserError for one the checkpoint decides."""
-    before = json.loads((output_dir / "manifest.json").read_text())["arguments"]
+    path = output_dir / "manifest.json"
+    if not path.is_file():
+        raise UserError(
+            f"{output_dir} has checkpoints but no manifest.json, so its arguments cannot be compared: choose another --output_dir"
+        )
+    before = json.loads(path.read_text())["arguments"]
     for name, value in json.loads(json.dumps(arguments)).items():
         if name in before and before[name] != value:
             change = f"--{name} was {before[name]} when the run in {output_dir} was started, and is {value} now"

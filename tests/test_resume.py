@@ -189,3 +189,8 @@ def test_changed_arguments(train, run_copy):
     assert "--learning_rate was 0.0001 when the run in" in refusal(train, run_copy, {"--learning_rate": 1e-3})
     result = train(run_copy, {"--iterations": 7}, {"--noise_level": 0.4})
     assert "warning: --noise_level was 0.3 when the run in" in result.stderr and "and is 0.4 now" in result.stderr
+
+
+def test_run_without_its_manifest_is_refused(train, run_copy):
+    (run_copy / "manifest.json").unlink()
+    assert "has checkpoints but no manifest.json" in refusal(train, run_copy)
