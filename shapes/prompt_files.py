@@ -12,9 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ru
 
 import numpy as np
 
-from shapes.world import SHAPES, Spec, caption
+from shapes.world import RL_COLOURS, SHAPES, Spec, caption
 
-RL_COLOURS = ("red", "green", "blue", "yellow")
 RL_THINGS = tuple(product(RL_COLOURS, SHAPES))
 RL_SPECS = tuple(Spec(things) for number in (1, 2) for things in permutations(RL_THINGS, number))  # 12 singles, then 132 ordered pairs
 

@@ -22,6 +22,7 @@ COLOURS = {  # name -> red, green, blue in [0, 1]
     "purple": (0.59, 0.20, 0.70),
     "cyan": (0.10, 0.75, 0.80),
 }
+RL_COLOURS = ("red", "green", "blue", "yellow")  # of the captions that RL uses
 SHAPES = ("circle", "square", "triangle")
 RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
