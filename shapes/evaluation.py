@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, FluxPipeline, StableDiffusionPipeline
 
 from fastvideo.rewards.clip import load_clip
 from shapes.checker import aesthetic, check
@@ -61,21 +61,37 @@ def evaluate_clip(folder: Path, rng: np.random.Generator, number: int = 2000) ->
     print(f"clip: right above mutated {(right > mutated).mean():.3f} {by_question}, right above other {(right > other).mean():.3f}")
 
 
-def evaluate_flux(folder: Path, prompts: list[str], images_per_prompt: int, seed: int, name: str, steps: int = 8) -> np.ndarray:
-    """Prints the checker's scores of pictures that diffusers' pipeline makes; returns the pictures, (N, 3, 32, 32) in [0, 1]."""
+def evaluate_flux(folder: Path, prompts: list[str], images_per_prompt: int, seed: int, name: str) -> np.ndarray:
+    """`evaluate_images` of a FLUX folder in 8 steps."""
     pipeline = FluxPipeline.from_pretrained(folder, dtype=torch.float32)
+    arguments = {"num_inference_steps": 8, "max_sequence_length": 16}
+    return evaluate_images(pipeline, prompts, images_per_prompt, seed, f"flux: {name}", arguments)
+
+
+def evaluate_sd(folder: Path, prompts: list[str], images_per_prompt: int, seed: int, name: str, guidance_scale: float = 3.0) -> np.ndarray:
+    """`evaluate_images` of a Stable Diffusion folder by DDIM in 20 steps."""
+    pipeline = StableDiffusionPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    arguments = {"num_inference_steps": 20, "guidance_scale": guidance_scale}
+    return evaluate_images(pipeline, prompts, images_per_prompt, seed, f"sd: {name}, guidance {guidance_scale:g}", arguments)
+
+
+def evaluate_images(
+    pipeline: DiffusionPipeline, prompts: list[str], images_per_prompt: int, seed: int, name: str, arguments: dict
+) -> np.ndarray:
+    """Prints the checker's scores of pictures that diffusers' pipeline makes; returns the pictures, (N, 3, 32, 32) in [0, 1]."""
     pipeline.set_progress_bar_config(disable=True)
     prompts = [prompt for prompt in prompts for _ in range(images_per_prompt)]
     generator = torch.Generator().manual_seed(seed)
     images = []
     for start in range(0, len(prompts), 128):
-        arguments = {"num_inference_steps": steps, "height": 32, "width": 32, "max_sequence_length": 16, "output_type": "np"}
-        images.append(pipeline(prompts[start : start + 128], generator=generator, **arguments).images)
+        batch = pipeline(prompts[start : start + 128], height=32, width=32, generator=generator, output_type="np", **arguments)
+        images.append(batch.images)
     images = np.concatenate(images).transpose(0, 3, 1, 2)
     specs = [parse(prompt) for prompt in prompts]
     scores = check(images, specs) | {"aesthetic": aesthetic(images)}
     single = np.array([len(spec.objects) == 1 for spec in specs])
     for kind, which in (("all", single | ~single), ("singles", single), ("pairs", ~single)):
         text = ", ".join(f"{key} {scores[key][which].mean():.3f}" for key in ("strict", "soft", "well_formed", "aesthetic"))
-        print(f"flux: {name}, {kind} ({which.sum()} pictures): {text}", flush=True)
+        print(f"{name}, {kind} ({which.sum()} pictures): {text}", flush=True)
     return images

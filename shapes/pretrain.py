@@ -3,7 +3,8 @@
 tokenizers  are built, not trained
 vae         AutoencoderKL on all kinds of pictures
 clip        CLIPModel on captions against hard negatives; its text encoder is FLUX's pooled text encoder as well
-flux        FluxTransformer2DModel and T5EncoderModel by rectified flow, on *noisy* captions: see `noisy`
+flux        FluxTransformer2DModel and T5EncoderModel by rectified flow, on *loose* captions: see `caption_noise`
+sd          Stable Diffusion: UNet2DConditionModel with FLUX's VAE and CLIP's text encoder, on the same captions
 evaluate    measures what was saved, and prints it
 """
 
@@ -12,7 +13,7 @@ import sys
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script, from any folder
 
@@ -20,32 +21,35 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, FluxPipeline
+from diffusers import AutoencoderKL, FluxPipeline, ModelMixin, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer, T5Tokenizer
 
 from shapes import tiny_models
-from shapes.evaluation import evaluate_checker, evaluate_clip, evaluate_flux, evaluate_vae
+from shapes.evaluation import evaluate_checker, evaluate_clip, evaluate_flux, evaluate_sd, evaluate_vae
 from shapes.prompt_files import RL_COLOURS, RL_SPECS, split
 from shapes.training import optimise, pictures_of
 from shapes.world import SHAPES, caption, compatible, mutate, sample_spec
 
 FLUX_SHIFT = 3.0
+PADDING = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
+
+Stage = Literal["tokenizers", "vae", "clip", "flux", "sd", "evaluate"]
 
 
 @dataclass
 class Args:
-    stages: tuple[Literal["tokenizers", "vae", "clip", "flux", "evaluate"], ...] = ("tokenizers", "vae", "clip", "flux", "evaluate")
+    stages: tuple[Stage, ...] = get_args(Stage)
     """What to do, in this order. A stage reads what earlier stages saved."""
     output_dir: Path = Path(__file__).resolve().parent / "models"
-    """Where the models go: `flux/` and `clip/` in it."""
+    """Where the models go: `flux/`, `sd/` and `clip/` in it."""
     seed: int = 0
     """Seed of all weights and data. The same seed gives the same models on the same machine and number of threads."""
     threads: int = 2
     """CPU threads."""
     compile: bool = False
-    """Compile FLUX for training (needs a C++ compiler): a minute first, then 1.7 times as fast."""
+    """Compile FLUX and the UNet for training (needs a C++ compiler): a minute first, then 1.7 and 1.3 times as fast."""
     vae_steps: int = 1500
     """Training steps of the VAE, 32 pictures each."""
     clip_steps: int = 2500
@@ -54,11 +58,22 @@ class Args:
     """Training steps of FLUX, 64 pictures each."""
     flux_learning_rate: float = 1.2e-3
     """Peak learning rate of FLUX."""
+    sd_steps: int = 5000
+    """Training steps of Stable Diffusion, 64 pictures each."""
+    sd_learning_rate: float = 1.5e-3
+    """Peak learning rate of Stable Diffusion."""
 
 
 def main(args: Args) -> None:
     torch.set_num_threads(args.threads)
-    stages = {"tokenizers": save_tokenizers, "vae": train_vae, "clip": train_clip, "flux": train_flux, "evaluate": evaluate}
+    stages = {
+        "tokenizers": save_tokenizers,
+        "vae": train_vae,
+        "clip": train_clip,
+        "flux": train_flux,
+        "evaluate": evaluate,
+        "sd": train_sd,  # after the others, which are seeded by their place
+    }
     for stage in args.stages:
         torch.manual_seed(args.seed)
         stages[stage](args, np.random.default_rng([args.seed, list(stages).index(stage)]))
@@ -141,13 +156,10 @@ def train_flux(args: Args, rng: np.random.Generator) -> None:
     tokenizer, tokenizer_2 = CLIPTokenizer.from_pretrained(folder / "tokenizer"), T5Tokenizer.from_pretrained(folder / "tokenizer_2")
     transformer, text_encoder_2 = tiny_models.flux_transformer(), tiny_models.t5_encoder(tokenizer_2)
     captions, noise_of_captions = [caption(spec) for spec in RL_SPECS], caption_noise()
-    padding = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-    t5_ids = tokenizer_2(captions, **padding).input_ids
-    spec_indices = np.where(rng.random(30000) < 0.4, rng.integers(12, size=30000), rng.integers(12, len(RL_SPECS), size=30000))
+    t5_ids = tokenizer_2(captions, **PADDING).input_ids
     with torch.no_grad():
-        pooled = text_encoder(tokenizer(captions, **padding).input_ids).pooler_output
-        latents = encode(vae, pictures_of([RL_SPECS[i] for i in spec_indices], rng))
-    spec_indices = torch.from_numpy(spec_indices)
+        pooled = text_encoder(tokenizer(captions, **PADDING).input_ids).pooler_output
+    latents, spec_indices = captioned_latents(vae, rng)
     height = width = latents.shape[-1] // 2
     image_ids = FluxPipeline._prepare_latent_image_ids(1, height, width, "cpu", torch.float32)
     text_ids = torch.zeros(tiny_models.TEXT_LENGTH, 3)
@@ -173,9 +185,7 @@ def train_flux(args: Args, rng: np.random.Generator) -> None:
 
     def save(step: int) -> None:
         scheduler = tiny_models.flow_scheduler(FLUX_SHIFT)
-        small_vae, small_transformer = (copy.deepcopy(model).half() for model in (vae, transformer))  # half the size, the same scores
-        small_vae.register_to_config(_name_or_path="")  # else this folder's path on this machine is saved
-        parts = (scheduler, small_vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, small_transformer)
+        parts = (scheduler, half_copy(vae), text_encoder, tokenizer, text_encoder_2, tokenizer_2, half_copy(transformer))
         FluxPipeline(*parts).save_pretrained(folder)
         evaluate_flux(folder, captions[:12] * 11 + captions[12:], 2, args.seed, f"step {step}")
 
@@ -184,11 +194,53 @@ def train_flux(args: Args, rng: np.random.Generator) -> None:
     save(args.flux_steps)
 
 
+def train_sd(args: Args, rng: np.random.Generator) -> None:
+    """Epsilon-prediction on cached latents: z_t = sqrt(alpha_bar) x0 + sqrt(1 - alpha_bar) noise. Some captions are dropped, for CFG."""
+    folder, flux = args.output_dir / "sd", args.output_dir / "flux"
+    vae, text_encoder = AutoencoderKL.from_pretrained(flux / "vae"), CLIPTextModel.from_pretrained(flux / "text_encoder")
+    vae.register_to_config(shift_factor=None)  # StableDiffusionPipeline would not shift: the latents' mean is near 0, not 0
+    tokenizer, unet, scheduler = CLIPTokenizer.from_pretrained(args.output_dir / "clip"), tiny_models.sd_unet(), tiny_models.sd_scheduler()
+    captions, noise_of_captions = [caption(spec) for spec in RL_SPECS], caption_noise()
+    with torch.no_grad():
+        text = text_encoder(tokenizer([*captions, ""], **PADDING).input_ids).last_hidden_state
+    latents, spec_indices = captioned_latents(vae, rng)
+    predict = torch.compile(unet) if args.compile else unet
+
+    def loss_function() -> torch.Tensor:
+        batch = torch.randint(len(latents), (64,))
+        named = torch.multinomial(noise_of_captions[spec_indices[batch]], 1)[:, 0]
+        named[torch.rand(64) < 0.1] = len(captions)  # the empty one
+        noise, t = torch.randn(64, *latents.shape[1:]), torch.randint(scheduler.config.num_train_timesteps, (64,))
+        eps_hat = predict(scheduler.add_noise(latents[batch], noise, t), t, text[named], return_dict=False)[0]
+        return (eps_hat - noise).square().mean()
+
+    def save(step: int) -> None:
+        parts = (half_copy(vae), text_encoder, tokenizer, half_copy(unet), scheduler, None, None)
+        StableDiffusionPipeline(*parts, requires_safety_checker=False).save_pretrained(folder)
+        evaluate_sd(folder, captions[:12] * 11 + captions[12:], 1, args.seed, f"step {step}")
+
+    optimise(loss_function, list(unet.parameters()), args.sd_steps, args.sd_learning_rate, "sd", weight_decay=0.01, every=(1000, save))
+    save(args.sd_steps)
+
+
+def captioned_latents(vae: AutoencoderKL, rng: np.random.Generator, number: int = 30000) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (N, 4, 8, 8) of pictures, two fifths of them single objects, and what they show: (N,) indices into `RL_SPECS`."""
+    spec_indices = np.where(rng.random(number) < 0.4, rng.integers(12, size=number), rng.integers(12, len(RL_SPECS), size=number))
+    return encode(vae, pictures_of([RL_SPECS[i] for i in spec_indices], rng)), torch.from_numpy(spec_indices)
+
+
 @torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
-    """Scaled latents of pictures in [-1, 1]: (N, 3, 32, 32) -> (N, 4, 8, 8) of mean 0 and variance 1."""
+    """Scaled latents of pictures in [-1, 1]: (N, 3, 32, 32) -> (N, 4, 8, 8) of mean 0 (about 0 if the VAE has no shift) and variance 1."""
     latents = torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in pictures.split(500)])
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor
+    return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
+
+
+def half_copy(model: ModelMixin) -> ModelMixin:
+    """A copy to save in float16: half the size, the same scores."""
+    model = copy.deepcopy(model).half()
+    model.register_to_config(_name_or_path="")  # else this folder's path on this machine is saved
+    return model
 
 
 def evaluate(args: Args, rng: np.random.Generator) -> None:
@@ -199,6 +251,9 @@ def evaluate(args: Args, rng: np.random.Generator) -> None:
     for name, specs in zip(("train.txt", "heldout.txt"), split()):
         evaluate_flux(args.output_dir / "flux", [caption(spec) for spec in specs], 40, args.seed, name)
     evaluate_flux(args.output_dir / "flux", [caption(spec) for spec in RL_SPECS], 16, args.seed, "all 144 captions")
+    for name, specs in zip(("train.txt", "heldout.txt"), split()):
+        for guidance_scale in (1.0, 3.0):
+            evaluate_sd(args.output_dir / "sd", [caption(spec) for spec in specs], 40, args.seed, name, guidance_scale)
 
 
 if __name__ == "__main__":

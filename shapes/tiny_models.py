@@ -3,7 +3,7 @@
 import json
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, PNDMScheduler, UNet2DConditionModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
@@ -124,6 +124,27 @@ def flux_transformer() -> FluxTransformer2DModel:
 def flow_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
     """The scheduler of a rectified flow whose times are moved towards noise by `shift`."""
     return FlowMatchEulerDiscreteScheduler(shift=shift, use_dynamic_shifting=False)
+
+
+def sd_unet() -> UNet2DConditionModel:
+    """1.08 M parameters: Stable Diffusion's UNet with two levels, 8 x 8 and 4 x 4, and cross-attention to 64-d text in both."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 4,
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
+        block_out_channels=(32, 56),
+        layers_per_block=1,
+        cross_attention_dim=64,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+
+
+def sd_scheduler() -> PNDMScheduler:
+    """Stable Diffusion v1.4's own."""
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    # clip_sample is nothing to PNDM; DDIMScheduler.from_config would clip latents without it
+    return PNDMScheduler.from_config(betas | {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False})
 
 
 def parameter_count(model: torch.nn.Module) -> int:
