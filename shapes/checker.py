@@ -21,13 +21,17 @@ PARTS = ("count", "colour", "shape", "binding", "relation")
 
 @dataclass(frozen=True)
 class Detection:
-    """An object found in a picture: its colour and shape (None where unrecognisable), its centroid and area in pixels."""
+    """An object found in a picture: its colour and shape (None where unrecognisable), its centroid and area in pixels.
+
+    overlap: intersection over union with the ideal shape that fits best, recognised or not.
+    """
 
     colour: str | None
     shape: str | None
     x: float
     y: float
     area: int
+    overlap: float
 
 
 def background_of(images: np.ndarray) -> np.ndarray:
@@ -75,8 +79,8 @@ def _detect(images: np.ndarray) -> list[list[Detection]]:
     masks = np.stack(masks)
     area = masks.sum((1, 2))
     x, y = (masks * PIXEL_X).sum((1, 2)) / area, (masks * PIXEL_Y).sum((1, 2)) / area
-    colours, shapes = _colours(images, picture, masks, area), _shapes(masks, area, x, y)
-    for i, *fields in zip(picture, colours, shapes, x.tolist(), y.tolist(), area.tolist()):
+    colours, (shapes, overlaps) = _colours(images, picture, masks, area), _shapes(masks, area, x, y)
+    for i, *fields in zip(picture, colours, shapes, x.tolist(), y.tolist(), area.tolist(), overlaps):
         found[i].append(Detection(*fields))
     return found
 
@@ -93,12 +97,12 @@ def _colours(images: np.ndarray, picture: list[int], masks: np.ndarray, area: np
     return [list(COLOURS)[vote.argmax()] if vote.max() > COLOUR_SHARE * total else None for vote, total in zip(votes, area)]
 
 
-def _shapes(masks: np.ndarray, area: np.ndarray, x: np.ndarray, y: np.ndarray) -> list[str | None]:
-    """The shape each mask overlaps best with, drawn with the mask's own area and centroid."""
+def _shapes(masks: np.ndarray, area: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[list[str | None], list[float]]:
+    """The shape each mask overlaps best with, drawn with the mask's own area and centroid, and the intersections over unions with it."""
     radius = np.sqrt(area / np.pi)
     ideal = np.stack([signed_distance(shape, x, y, radius) < 0 for shape in SHAPES], axis=1)  # (n, 3, SIZE, SIZE)
     overlap = (ideal & masks[:, None]).sum((2, 3)) / (ideal | masks[:, None]).sum((2, 3))
-    return [SHAPES[row.argmax()] if row.max() > MIN_OVERLAP else None for row in overlap]
+    return [SHAPES[row.argmax()] if row.max() > MIN_OVERLAP else None for row in overlap], overlap.max(1).tolist()
 
 
 def _matches(wanted: list, found: list) -> int:

@@ -17,7 +17,7 @@ import torch
 
 from fastvideo.distributed import UserError
 from fastvideo.rewards.clip import load_clip
-from fastvideo.rewards.shapes import load_aesthetic, load_shapes, load_shapes_strict
+from fastvideo.rewards.shapes import load_aesthetic, load_fidelity, load_motion, load_shapes, load_shapes_strict, load_visual
 
 Reward = Callable[[torch.Tensor, list[dict]], torch.Tensor]
 
@@ -25,6 +25,9 @@ REWARDS: dict[str, Callable[[str | None, torch.device], Reward]] = {
     "shapes": load_shapes,
     "shapes_strict": load_shapes_strict,
     "aesthetic": load_aesthetic,
+    "motion": load_motion,
+    "visual": load_visual,
+    "fidelity": load_fidelity,
     "clip": load_clip,
 }
 
