@@ -1,10 +1,13 @@
-"""Pictures: tensors in [-1, 1] to PIL images, and labelled grids."""
+"""Pictures and clips: tensors in [-1, 1] to PIL images, labelled grids, film strips, and mp4 files out and in."""
 
 from pathlib import Path
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
+from fastvideo.distributed import UserError
 from fastvideo.files import whole_file
 
 
@@ -12,6 +15,42 @@ def to_pil(images: torch.Tensor) -> list[Image.Image]:
     """images: (B, 3, H, W) in [-1, 1]; values outside are clipped. Returns B RGB images."""
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     return [Image.fromarray(image) for image in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def film_strip(clips: torch.Tensor, most: int = 6) -> list[Image.Image]:
+    """clips: (B, 3, frames, H, W) in [-1, 1]. Returns B RGB images, each of a clip's frames side by side: at most `most`, evenly spread."""
+    chosen = torch.linspace(0, clips.shape[2] - 1, min(clips.shape[2], most)).round().long().tolist()
+    strips = F.pad(clips[:, :, chosen].float(), (0, 1), value=1)  # a white line to the right of each frame
+    return to_pil(strips.transpose(2, 3).flatten(3))
+
+
+def save_video(path: Path, clip: torch.Tensor, fps: float) -> None:
+    """Write a clip (3, frames, H, W) in [-1, 1] as an H.264 mp4; values outside are clipped.
+
+    The colours of 2 x 2 pixels are stored as one, so sizes are even: an odd one grows by a pixel, a copy of the last row or column.
+    """
+    import imageio.v3 as imageio
+
+    frames = F.pad(clip.float().transpose(0, 1), (0, clip.shape[3] % 2, 0, clip.shape[2] % 2), mode="replicate")
+    frames = [np.asarray(frame) for frame in to_pil(frames)]
+    encoder = {"codec": "libx264", "quality": None, "macro_block_size": 1, "output_params": ["-crf", "12"]}  # hardly any visible loss
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(path) as temporary:
+        temporary.write_bytes(imageio.imwrite("<bytes>", frames, extension=".mp4", plugin="FFMPEG", fps=fps, **encoder))
+
+
+def read_video(path: Path) -> torch.Tensor:
+    """All frames of a video file: (3, frames, H, W) float32 in [-1, 1]. Raises UserError for a missing file, and for one that is broken."""
+    if not path.is_file():
+        raise UserError(f"there is no video {path}")
+    import decord
+
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        frames = reader.get_batch(range(len(reader))).asnumpy()
+    except Exception as error:  # RuntimeError or DECORDError, by where in the file the damage is
+        raise UserError(f"the video {path} cannot be read: {str(error).splitlines()[0]}") from error
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]], min_side: int = 128) -> None:
@@ -34,6 +73,20 @@ def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]]
     path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         grid.save(temporary, format="PNG")
+
+
+def save_samples(path: Path, media: torch.Tensor, labels: list[str], fps: int = 8) -> Path:
+    """Write a PNG of labelled samples at `path`, which is returned. media: pictures (B, 3, H, W), four a row, or clips (B, 3, F, H, W).
+
+    A clip is a row of its frames, and is written as an mp4 beside the PNG too: `NAME_0.mp4`, `NAME_1.mp4`, ...
+    """
+    is_video, columns = media.ndim == 5, 1 if media.ndim == 5 else 4
+    images = film_strip(media) if is_video else to_pil(media)
+    starts = range(0, len(images), columns)
+    save_grid(path, [images[i : i + columns] for i in starts], [labels[i : i + columns] for i in starts])
+    for i, clip in enumerate(media if is_video else []):
+        save_video(path.with_name(f"{path.stem}_{i}.mp4"), clip, fps)
+    return path
 
 
 def _wrap(text: str, characters: int) -> list[str]:

@@ -1,0 +1,68 @@
+"""Clips as mp4 files and as film strips."""
+
+import numpy as np
+import pytest
+import torch
+
+from fastvideo.distributed import UserError
+from fastvideo.media import film_strip, read_video, save_video
+from shapes.video import VIDEO_SPECS, render_clips, tracks
+
+
+@pytest.fixture(scope="module")
+def clip() -> torch.Tensor:
+    """(3, 9, 32, 32) in [-1, 1]."""
+    rng = np.random.default_rng(0)
+    return torch.from_numpy(render_clips(VIDEO_SPECS[:1], tracks(VIDEO_SPECS[:1], 9, rng), rng))[0] * 2 - 1
+
+
+def test_a_clip_comes_back_from_its_mp4(tmp_path, clip):
+    path = tmp_path / "clips" / "one.mp4"
+    save_video(path, clip, fps=8)
+    read = read_video(path)
+    assert read.shape == clip.shape and read.dtype == torch.float32 and read.min() >= -1 and read.max() <= 1
+    assert (read - clip).abs().mean() < 0.03  # 0.017 on average: H.264 stores one colour for 2 x 2 pixels, which blurs the edges
+    assert [entry.name for entry in path.parent.iterdir()] == ["one.mp4"]
+
+
+def test_frames_keep_their_order_and_number(tmp_path):
+    grey = torch.linspace(-1, 1, 13)
+    save_video(tmp_path / "grey.mp4", grey[None, :, None, None].expand(3, 13, 24, 40), fps=16)
+    read = read_video(tmp_path / "grey.mp4")
+    assert read.shape == (3, 13, 24, 40)
+    assert torch.allclose(read.mean((0, 2, 3)), grey, atol=0.02)
+
+
+def test_odd_sizes_grow_by_a_copied_row_and_column(tmp_path, clip):
+    save_video(tmp_path / "odd.mp4", clip[:, :, :31, :29], fps=8)
+    read = read_video(tmp_path / "odd.mp4")
+    assert read.shape == (3, 9, 32, 30)
+    assert (read[:, :, :31, :29] - clip[:, :, :31, :29]).abs().mean() < 0.03
+
+
+@pytest.mark.parametrize("damage", [lambda data: b"", lambda data: b"no video" * 99, lambda data: data[: len(data) // 2]])
+def test_a_broken_video_is_refused(tmp_path, clip, damage):
+    path = tmp_path / "broken.mp4"
+    save_video(path, clip, fps=8)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"the video .*broken\.mp4 cannot be read: ") as caught:
+        read_video(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_video_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no video .*nowhere\.mp4"):
+        read_video(tmp_path / "nowhere.mp4")
+
+
+@pytest.mark.parametrize(("frames", "shown"), [(1, [0]), (5, [0, 1, 2, 3, 4]), (11, [0, 2, 4, 6, 8, 10])])
+def test_film_strips_show_frames_side_by_side(frames, shown):
+    grey = torch.linspace(-1, 0.9, frames)
+    clips = grey[None, None, :, None, None].expand(2, 3, frames, 4, 6)
+    strips = film_strip(clips)
+    assert len(strips) == 2
+    pixels = np.asarray(strips[0])
+    assert pixels.shape == (4, 7 * len(shown), 3)
+    for place, frame in enumerate(shown):
+        assert (pixels[:, 7 * place : 7 * place + 6] == round((grey[frame].item() + 1) * 127.5)).all()
+        assert (pixels[:, 7 * place + 6] == 255).all()
