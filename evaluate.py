@@ -22,7 +22,7 @@ from fastvideo import distributed
 from fastvideo.distributed import Ranks, UserError, keyed_generator
 from fastvideo.files import whole_file
 from fastvideo.media import save_grid, to_pil
-from fastvideo.pretrained import first_line, load_pretrained
+from fastvideo.pretrained import load_pipeline, load_pretrained
 from fastvideo.prompts import read_prompts
 from fastvideo.rewards import Reward, load_rewards, parse_rewards, score
 from fastvideo.tracking import plot_rewards
@@ -75,7 +75,7 @@ def main() -> None:
     ranks = distributed.init()
     rows, _ = read_prompts(args.prompts)
     rewards = load_rewards(parse_rewards(args.rewards), ranks.device)
-    pipeline = load_pipeline(args, ranks.device)
+    pipeline = load_pipeline(args.model, args.dtype, ranks.device)
     sampling = sampling_settings(args, pipeline)
     # A shift of our own in place of the folder's, which for FLUX.1-dev depends on the resolution.
     pipeline.scheduler = type(pipeline.scheduler).from_config(
@@ -111,19 +111,6 @@ def main() -> None:
         if run and (run / "metrics.jsonl").exists():
             plot_rewards(run, args.output_dir / "rewards.png", results)
         print(f"written to {args.output_dir}")
-
-
-def load_pipeline(args: Args, device: torch.device) -> DiffusionPipeline:
-    """The base model's pipeline, whatever class its model_index.json names. Raises UserError if it cannot be loaded."""
-    dtype = args.dtype if args.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
-    if not (args.model / "model_index.json").is_file():
-        raise UserError(f"--model {args.model} is no diffusers folder: it has no model_index.json")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(args.model, torch_dtype=getattr(torch, dtype), local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"--model {args.model} cannot be loaded: {first_line(error)}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(device)
 
 
 def sampling_settings(args: Args, pipeline: DiffusionPipeline) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import DiffusionPipeline
 from safetensors import SafetensorError
 
 from fastvideo.distributed import UserError
@@ -32,3 +34,19 @@ def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, flag: 
             names = ", ".join(sorted(map(str, info[kind]))[:3])
             raise UserError(f"{flag}: the weights in {path} do not fit its config: {kind.replace('_', ' ')} {names}")
     return model
+
+
+def load_pipeline(folder: str | Path, dtype: str, device: torch.device, flag: str = "--model") -> DiffusionPipeline:
+    """The pipeline of whatever class the folder's model_index.json names, on `device`, without progress bar.
+
+    dtype: float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPUs. Raises UserError if the folder cannot be loaded.
+    """
+    dtype = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
+    if not (Path(folder) / "model_index.json").is_file():
+        raise UserError(f"{flag} {folder} is no diffusers folder: it has no model_index.json")
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+        raise UserError(f"{flag} {folder} cannot be loaded: {first_line(error)}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
