@@ -9,9 +9,8 @@ T sampling steps, K trained steps of a sample, N image tokens, C channels of a p
 
 import copy
 import dataclasses
-import importlib.util
 import math
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -19,21 +18,24 @@ from typing import Literal
 import torch
 import tyro
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
-from peft import LoraConfig
 from tqdm import tqdm
 
 from fastvideo import checkpoint, distributed, tracking, zero
+from fastvideo.attention import set_attention
 from fastvideo.distributed import UserError, keyed_generator, warn
 from fastvideo.ema import EMA
 from fastvideo.embedding_cache import EmbeddingCache
 from fastvideo.fingerprint import check_encoder
-from fastvideo.media import save_grid, to_pil
-from fastvideo.pretrained import load_pretrained
+from fastvideo.flags import check_numbers
+from fastvideo.media import save_samples
+from fastvideo.pretrained import add_lora, initial_weights, load_pretrained
+from fastvideo.prompts import draw_prompts
 from fastvideo.rewards import group_statistics, load_rewards, parse_rewards, score
 
-# ======================================================================================================================
-# 1. Arguments
-# ======================================================================================================================
+# What evaluate.py takes over from a run.
+SAMPLING = ("sampling_steps", "shift", "embedded_guidance", "height", "width", "max_sequence_length")
+
+# 1. Arguments =========================================================================================================
 
 
 @dataclass
@@ -134,19 +136,15 @@ class Args:
         if self.reward_weights and len(self.reward_weights) != len(self.rewards):
             raise UserError(f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} --rewards")
         self.reward_weights = self.reward_weights or (1.0,) * len(self.rewards)
-        at_least_two = ["num_generations", "sampling_steps"]
-        positive = ["iterations", "prompts_per_iteration", "updates_per_iteration", "height", "width", "shift", "noise_level", "clip_range"]
-        positive += ["advantage_clip", "learning_rate", "rollout_batch_size", "micro_batch_size", "checkpoint_every", "keep_checkpoints"]
-        not_negative = ["best_of_n", "kl_weight", "weight_decay", "max_grad_norm", "lr_warmup_steps", "lora_rank", "sample_every"]
-        for flag in at_least_two + positive + not_negative:
-            value = getattr(self, flag)
-            if not math.isfinite(value) or value < 0 or (value == 0 and flag in positive) or (value < 2 and flag in at_least_two):
-                bound = "at least 2" if flag in at_least_two else "above 0" if flag in positive else "0 or more"
-                raise UserError(f"--{flag} is {value}, but must be {bound}")
-        if not 0 < self.timestep_fraction <= 1:
-            raise UserError(f"--timestep_fraction is {self.timestep_fraction}, but must be above 0 and at most 1")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"--ema_decay is {self.ema_decay}, but must be at least 0 and below 1")
+        rules = {
+            "at least 2": "num_generations sampling_steps",
+            "above 0": "iterations prompts_per_iteration updates_per_iteration height width shift noise_level clip_range advantage_clip "
+            "learning_rate rollout_batch_size micro_batch_size checkpoint_every keep_checkpoints",
+            "0 or more": "best_of_n kl_weight weight_decay max_grad_norm lr_warmup_steps lora_rank sample_every",
+            "above 0 and at most 1": "timestep_fraction",
+            "at least 0 and below 1": "ema_decay",
+        }
+        check_numbers(vars(self), rules)
         if self.best_of_n % 2 or self.best_of_n > self.num_generations:
             raise UserError(f"--best_of_n is {self.best_of_n}, but must be even and at most --num_generations {self.num_generations}")
         if self.kept_generations % self.updates_per_iteration:
@@ -158,8 +156,6 @@ class Args:
                 f"--sde_window {start} {count} must lie within the first {self.sampling_steps - 1} of --sampling_steps "
                 f"{self.sampling_steps}: the last transition is never stochastic"
             )
-        if self.offload and self.zero_stage == 0:
-            raise UserError("--offload moves what ZeRO shards, but --zero_stage is 0: use --zero_stage 1")
         schedule = time_schedule(self.sampling_steps, self.shift).tolist()
         worst = max(self.noise_level**2 * (schedule[i] - schedule[i + 1]) / (2 * schedule[i] ** 2) for i in self.stochastic_steps)
         if worst > 0.5:  # the SDE's drift overshoots in one step: Euler-Maruyama is unstable
@@ -179,9 +175,7 @@ class Args:
         return range(start, start + count)
 
 
-# ======================================================================================================================
-# 2. Sampler
-# ======================================================================================================================
+# 2. Sampler ===========================================================================================================
 
 
 def time_schedule(num_steps: int, shift: float) -> torch.Tensor:
@@ -217,9 +211,7 @@ def sde_step(
     return z_s, log_prob.flatten(1).mean(1), x0_hat
 
 
-# ======================================================================================================================
-# 3. Model
-# ======================================================================================================================
+# 3. Model =============================================================================================================
 
 
 def load_models(args: Args, dtype: torch.dtype, device: torch.device) -> tuple[FluxTransformer2DModel, AutoencoderKL]:
@@ -229,23 +221,18 @@ def load_models(args: Args, dtype: torch.dtype, device: torch.device) -> tuple[F
     scale = 2 * 2 ** (len(vae.config.block_out_channels) - 1)  # pixels to a packed latent token: 16 for FLUX.1
     if args.height % scale or args.width % scale:
         raise UserError(f"--height {args.height} and --width {args.width} must be multiples of {scale} for {args.model}")
-    backend = args.attention
-    if backend == "auto":
-        usable = device.type == "cuda" and dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn")
-        backend = "flash" if usable else "native"
-    try:
-        if backend != "native":
-            transformer.set_attention_backend(backend)
-    except (ValueError, RuntimeError, ImportError) as error:
-        raise UserError(f"--attention {backend} cannot be used here: {error}. For flash: pip install -r requirements-gpu.txt") from error
+    set_attention(transformer, args.attention, device)
     if args.lora_rank:
-        transformer.requires_grad_(False)
-        torch.manual_seed(args.seed)  # all processes must start from the same adapter
-        targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
-        transformer.add_adapter(LoraConfig(r=args.lora_rank, lora_alpha=args.lora_rank, target_modules=targets))
+        add_lora(transformer, args.lora_rank, args.seed)
     if args.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     return transformer.train(), vae
+
+
+def latent_shape(transformer: FluxTransformer2DModel, vae: AutoencoderKL, args: Args) -> tuple[int, ...]:
+    """Of one sample: (N, C), the VAE's latents packed 2 x 2."""
+    scale = 2 * 2 ** (len(vae.config.block_out_channels) - 1)
+    return (args.height // scale) * (args.width // scale), transformer.config.in_channels
 
 
 def load_cond(cache: EmbeddingCache, prompts: list[int], transformer: FluxTransformer2DModel, vae: AutoencoderKL, args: Args) -> dict:
@@ -282,22 +269,7 @@ def decode(vae: AutoencoderKL, x0_hat: torch.Tensor, args: Args) -> torch.Tensor
     return vae.decode(latents.to(vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
 
 
-@contextmanager
-def reference_policy(transformer: FluxTransformer2DModel, reference: FluxTransformer2DModel | None, offload: bool, device: torch.device):
-    """The initial policy, for the KL: the network with its LoRA adapter off, else its frozen copy (kept on the CPU with --offload)."""
-    if reference is None:
-        transformer.disable_adapters()
-        yield transformer
-        transformer.enable_adapters()
-    else:
-        yield reference.to(device)
-        if offload:
-            reference.to("cpu")
-
-
-# ======================================================================================================================
-# 4. Rollout
-# ======================================================================================================================
+# 4. Rollout ===========================================================================================================
 
 
 @torch.no_grad()
@@ -312,38 +284,29 @@ def rollout(
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Sample one trajectory for each row of z_1, keeping only the transitions that will be trained.
 
-    cond: tensors (B, ...). z_1: (B, N, C) float32. schedule: (T + 1,). noise_levels: T numbers, 0 for an Euler step.
+    cond: tensors (B, ...). z_1: (B, *latent) float32. schedule: (T + 1,). noise_levels: T numbers, 0 for an Euler step.
     generators: B, for the noise of each sample's steps. trained_steps: (B, K) step indices.
-    Returns the trajectories, {"z_t", "z_s": (B, K, N, C), "t", "s", "old_log_prob": (B, K)}, and the clean latents (B, N, C).
+    Returns the trajectories, {"step", "old_log_prob": (B, K), "z_t", "z_s": (B, K, *latent)}, and the clean latents (B, *latent).
     """
-    kept = {name: z_1.new_zeros(*trained_steps.shape, *z_1.shape[1:]) for name in ("z_t", "z_s")}
-    kept |= {"t": schedule[trained_steps], "s": schedule[trained_steps + 1], "old_log_prob": z_1.new_zeros(trained_steps.shape)}
+    kept = {"step": trained_steps, "old_log_prob": z_1.new_zeros(trained_steps.shape)}
+    kept |= {name: z_1.new_zeros(*trained_steps.shape, *z_1.shape[1:]) for name in ("z_t", "z_s")}
     z_t = z_1
     for step, noise_level in enumerate(noise_levels):
         t, s = schedule[step], schedule[step + 1]
         u_hat = predict(transformer, z_t, t.expand(len(z_t)), cond)
         noise = torch.stack([torch.randn(z_t.shape[1:], generator=g) for g in generators]).to(z_t) if noise_level else None
         z_s, log_prob, _ = sde_step(z_t, u_hat, t, s, noise_level, noise=noise)
-        sample, slot = (trained_steps == step).nonzero(as_tuple=True)
-        if len(sample):
-            kept["z_t"][sample, slot] = z_t[sample]
-            kept["z_s"][sample, slot] = z_s[sample]
-            kept["old_log_prob"][sample, slot] = log_prob[sample]
+        if noise_level:
+            here = trained_steps == step  # (B, K)
+            here_too = here.view(*here.shape, *[1] * (z_t.ndim - 1))
+            kept["z_t"] = torch.where(here_too, z_t[:, None], kept["z_t"])
+            kept["z_s"] = torch.where(here_too, z_s[:, None], kept["z_s"])
+            kept["old_log_prob"] = torch.where(here, log_prob[:, None], kept["old_log_prob"])
         z_t = z_s
     return kept, z_t
 
 
-def draw_prompts(num_prompts: int, prompts_per_iteration: int, iteration: int, seed: int) -> list[int]:
-    """Indices of the prompts of one iteration: every epoch goes once through all prompts in an order of its own."""
-    places = range((iteration - 1) * prompts_per_iteration, iteration * prompts_per_iteration)
-    epochs = {place // num_prompts for place in places}
-    orders = {epoch: torch.randperm(num_prompts, generator=keyed_generator(seed, "prompt_order", epoch)) for epoch in epochs}
-    return [orders[place // num_prompts][place % num_prompts].item() for place in places]
-
-
-# ======================================================================================================================
-# 5. Advantages
-# ======================================================================================================================
+# 5. Advantages ========================================================================================================
 
 
 def group_advantages(rewards: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
@@ -381,9 +344,7 @@ def select_timesteps(
     return torch.arange(first, first + count).expand(len(generators), -1)
 
 
-# ======================================================================================================================
-# 6. Loss
-# ======================================================================================================================
+# 6. Loss ==============================================================================================================
 
 
 def grpo_loss(
@@ -411,20 +372,23 @@ def pick(trajectory: dict, cond: dict, sample: torch.Tensor, slot: torch.Tensor,
 
 
 def score_transitions(
-    transformer: torch.nn.Module, transitions: dict[str, torch.Tensor], cond: dict[str, torch.Tensor], noise_level: float
+    transformer: torch.nn.Module, transitions: dict, cond: dict, schedule: torch.Tensor, noise_level: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log_prob (B,) under the transformer's weights of transitions as `rollout` keeps them, each tensor (B, ...); and its u_hat."""
-    u_hat = predict(transformer, transitions["z_t"], transitions["t"], cond)
-    _, log_prob, _ = sde_step(transitions["z_t"], u_hat, transitions["t"], transitions["s"], noise_level, z_s=transitions["z_s"])
-    return log_prob, u_hat
+    z_t, t, s = transitions["z_t"], schedule[transitions["step"]], schedule[transitions["step"] + 1]
+    u_hat = predict(transformer, z_t, t, cond)
+    return sde_step(z_t, u_hat, t, s, noise_level, z_s=transitions["z_s"])[1], u_hat
 
 
-def reference_kl(transitions: dict[str, torch.Tensor], u_hat: torch.Tensor, u_ref: torch.Tensor, noise_level: float) -> torch.Tensor:
+def reference_kl(
+    reference: torch.nn.Module, transitions: dict, cond: dict, schedule: torch.Tensor, u_hat: torch.Tensor, noise_level: float
+) -> torch.Tensor:
     """KL between two policies' Gaussians of the transitions, |mean - mean_ref|^2 / (2 std^2), mean over elements and batch."""
-    z_t, t, s = (transitions[name] for name in ("z_t", "t", "s"))
+    z_t, t, s = transitions["z_t"], schedule[transitions["step"]], schedule[transitions["step"] + 1]
+    with torch.no_grad():
+        u_ref = predict(reference, z_t, t, cond)
     mean, mean_ref = (sde_step(z_t, u, t, s, noise_level, noise=torch.zeros_like(z_t))[0] for u in (u_hat, u_ref))
-    variance = noise_level**2 * (t - s)
-    return ((mean - mean_ref).square().flatten(1).mean(1) / (2 * variance)).mean()
+    return ((mean - mean_ref).square().flatten(1).mean(1) / (2 * noise_level**2 * (t - s))).mean()
 
 
 def check_ratio(max_deviation: float, clip_range: float) -> None:
@@ -440,9 +404,7 @@ def check_ratio(max_deviation: float, clip_range: float) -> None:
         warn(message)
 
 
-# ======================================================================================================================
-# 7. Main
-# ======================================================================================================================
+# 7. Main ==============================================================================================================
 
 
 def main() -> None:
@@ -452,18 +414,10 @@ def main() -> None:
     if P % ranks.world_size:
         raise UserError(f"--prompts_per_iteration {P} does not divide among {ranks.world_size} processes")
     device = ranks.device
-    dtype_name = args.dtype if args.dtype != "auto" else ("bfloat16" if device.type == "cuda" else "float32")
-    dtype = getattr(torch, dtype_name)
-    if dtype == torch.bfloat16 and args.zero_stage == 0:
-        raise UserError("--zero_stage 0 keeps no float32 master weights, which --dtype bfloat16 needs: use --zero_stage 1")
-    checkpoints = args.output_dir / "checkpoints"
-    resume_from = distributed.on_main(lambda: checkpoint.latest(checkpoints))
-    if args.resume == "never" and (resume_from or (args.output_dir / "metrics.jsonl").exists()):
-        raise UserError(f"--output_dir {args.output_dir} has a run in it and --resume is never: choose another folder")
-
+    dtype = distributed.compute_dtype(args.dtype, device)
+    zero.check_stage(args.zero_stage, args.offload, dtype)
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(args).items()}
-    if resume_from:
-        distributed.on_main(lambda: tracking.check_arguments(args.output_dir, arguments))
+    resume_from = distributed.on_main(lambda: checkpoint.to_resume(args.output_dir, args.resume, arguments))
 
     # Data, rewards, models, engine.
     cache = EmbeddingCache(args.embeddings, ranks=ranks)
@@ -471,6 +425,7 @@ def main() -> None:
     rewards = load_rewards(parse_rewards(args.rewards), device)
     weights = dict(zip(rewards, args.reward_weights, strict=True))
     transformer, vae = load_models(args, dtype, device)
+    load_cond(cache, [0], transformer, vae, args)  # a cache that does not fit is refused now, before the engine is built
     reference = copy.deepcopy(transformer).requires_grad_(False) if args.kl_weight and not args.lora_rank else None
     local_prompts = P // ranks.world_size
     steps_trained = select_timesteps([torch.Generator()], len(args.stochastic_steps), args.timestep_fraction).shape[1]
@@ -490,18 +445,18 @@ def main() -> None:
     ema = EMA(engine, args.ema_decay) if args.ema_decay else None
     schedule = time_schedule(args.sampling_steps, args.shift).to(device)
     noise_levels = [args.noise_level if step in args.stochastic_steps else 0.0 for step in range(args.sampling_steps)]
-    latent_shape = (load_cond(cache, [0], transformer, vae, args)["img_ids"].shape[1], transformer.config.in_channels)
+    shape = latent_shape(transformer, vae, args)
 
     # Resume.
     done = checkpoint.load(engine, ema, resume_from, ranks) if resume_from else 0
     if done > args.iterations:
         raise UserError(f"{resume_from} is at iteration {done}, beyond --iterations {args.iterations}")
-    sampling = {name: arguments[name] for name in ("sampling_steps", "shift", "embedded_guidance", "height", "width")}
-    sampling["max_sequence_length"] = cache.fingerprint["max_sequence_length"]
+    sampling = {name: (arguments | cache.fingerprint)[name] for name in SAMPLING}
     if ranks.is_main:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         print(f"resuming from {resume_from}" if resume_from else f"a new run in {args.output_dir}")
-        print(f"{len(cache)} prompts, {G} samples of each of {P} an iteration on {ranks.world_size} {device.type} processes, {dtype_name}")
+        print(
+            f"{cache.num_prompts} prompts, {G} samples of each of {P} an iteration on {ranks.world_size} {device.type} processes, {dtype}"
+        )
     tracking.write_manifest(args.output_dir, __file__, arguments, sampling, ranks)
     tracker = tracking.Tracker(args.output_dir, args.trackers, arguments, done, ranks)
 
@@ -510,7 +465,7 @@ def main() -> None:
         timer = tracking.Timer()
         with timer("iteration"):
             # Line 2: draw a batch of prompts. This process has the slots `first` to `first + local_prompts`.
-            prompts = draw_prompts(len(cache), P, iteration, args.seed)
+            prompts = draw_prompts(cache.num_prompts, P, iteration, args.seed)
             first = ranks.rank * local_prompts
             own_prompts = prompts[first : first + local_prompts]
             cond = distributed.together(lambda p=own_prompts: load_cond(cache, p, transformer, vae, args))
@@ -527,9 +482,8 @@ def main() -> None:
             for batch in torch.arange(len(samples)).split(args.rollout_batch_size):
                 slots = [samples[i] for i in batch]
                 keys = [(slot,) if args.shared_noise else (slot, g) for slot, g in slots]
-                z_1 = torch.stack(
-                    [torch.randn(latent_shape, generator=keyed_generator(args.seed, "initial_noise", iteration, *key)) for key in keys]
-                )
+                initial = [keyed_generator(args.seed, "initial_noise", iteration, *key) for key in keys]
+                z_1 = torch.stack([torch.randn(shape, generator=generator) for generator in initial])
                 generators = [keyed_generator(args.seed, "step_noise", iteration, *sample) for sample in slots]
                 batch_cond = {name: tensor[batch.to(device) // G] for name, tensor in cond.items()}
                 with timer("rollout"):
@@ -545,7 +499,7 @@ def main() -> None:
             try:
                 distributed.raise_everywhere(failure)
             except UserError:
-                checkpoint.save(engine, ema, checkpoints, iteration - 1, args.keep_checkpoints, ranks)
+                checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
                 raise
             trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
 
@@ -571,17 +525,17 @@ def main() -> None:
                     with torch.no_grad():
                         for pair in (pair for update in updates for pair in update):
                             transitions, pair_cond = pick(trajectory, cond, *pair, G)
-                            trajectory["old_log_prob"][pair], _ = score_transitions(engine, transitions, pair_cond, args.noise_level)
+                            log_prob, _ = score_transitions(engine, transitions, pair_cond, schedule, args.noise_level)
+                            trajectory["old_log_prob"][pair] = log_prob
                 for u, update in enumerate(updates):
                     for sample, slot in update:
                         transitions, pair_cond = pick(trajectory, cond, sample, slot, G)
-                        log_prob, u_hat = score_transitions(engine, transitions, pair_cond, args.noise_level)
+                        log_prob, prediction = score_transitions(engine, transitions, pair_cond, schedule, args.noise_level)
                         loss, row = grpo_loss(log_prob, transitions["old_log_prob"], own_advantages[sample], args.clip_range)
                         row |= {"loss": loss.detach(), "update": u, "share": len(sample) / pairs_per_update}
                         if args.kl_weight:
-                            with torch.no_grad(), reference_policy(transformer, reference, args.offload, device) as initial:
-                                u_ref = predict(initial, transitions["z_t"], transitions["t"], pair_cond)
-                            kl = reference_kl(transitions, u_hat, u_ref, args.noise_level)
+                            with initial_weights(transformer, reference, device, args.offload) as initial:
+                                kl = reference_kl(initial, transitions, pair_cond, schedule, prediction, args.noise_level)
                             row["kl"], loss = kl.detach(), loss + args.kl_weight * kl
                         norm = zero.backward_and_step(engine, loss * row["share"])
                         stats.append(row)
@@ -609,21 +563,19 @@ def main() -> None:
         metrics["memory/peak_gib"] = max(distributed.all_gather_object(tracking.peak_memory_gib()))
         metrics["samples"] = iteration * P * G
         tracker.log(iteration, metrics)
-        progress.set_postfix(
-            {name: f"{metrics[f'reward/{name}_mean']:.3f}" for name in rewards}
-            | {"|ratio-1|": f"{metrics['policy/ratio_max_dev']:.0e}", "samples/s": f"{metrics['throughput/samples_per_s']:.1f}"}
-        )
+        shown = {name: f"{metrics[f'reward/{name}_mean']:.3f}" for name in rewards}
+        shown |= {"|ratio-1|": f"{metrics['policy/ratio_max_dev']:.0e}", "samples/s": f"{metrics['throughput/samples_per_s']:.1f}"}
+        progress.set_postfix(shown)
         last = iteration == args.iterations
         if args.sample_every and (iteration % args.sample_every == 0 or last):
             with ema.applied() if ema else nullcontext():
-                pictures = sample_pictures(engine, transformer, vae, cache, schedule, latent_shape, args, ranks)
+                media = sample_media(engine, transformer, vae, cache, schedule, args, ranks)
             if ranks.is_main:
-                captions = [cache.rows[i % len(cache)]["prompt"] for i in range(8)]
-                path = args.output_dir / "samples" / f"iteration_{iteration:06d}.png"
-                save_grid(path, [pictures[:4], pictures[4:]], [captions[:4], captions[4:]])
+                captions = [cache.rows[i % cache.num_prompts]["prompt"] for i in range(8)]
+                path = save_samples(args.output_dir / "samples" / f"iteration_{iteration:06d}.png", media, captions)
                 tracker.log_picture(iteration, "samples", path)
         if iteration % args.checkpoint_every == 0 or last:
-            checkpoint.save(engine, ema, checkpoints, iteration, args.keep_checkpoints, ranks)
+            checkpoint.save(engine, ema, args.output_dir, iteration, args.keep_checkpoints, ranks)
 
     with ema.applied() if ema else nullcontext():
         checkpoint.export(engine, args.output_dir / "export", "transformer")
@@ -634,16 +586,16 @@ def main() -> None:
 
 
 @torch.no_grad()
-def sample_pictures(engine, transformer, vae, cache, schedule, latent_shape, args, ranks) -> list:
-    """ODE samples of the cache's first 8 prompts, always from the same noise, as PIL images; shared out over the processes."""
+def sample_media(engine, transformer, vae, cache, schedule, args, ranks) -> torch.Tensor:
+    """ODE samples of the cache's first 8 prompts, always from the same noise, (8, 3, ...) in [-1, 1]; shared out over the processes."""
     share = math.ceil(8 / ranks.world_size)
     places = [min(ranks.rank * share + i, 7) for i in range(share)]
-    prompts = [place % len(cache) for place in places]
-    z_1 = torch.stack([torch.randn(latent_shape, generator=keyed_generator(args.seed, "pictures", place)) for place in places])
+    cond = load_cond(cache, [place % cache.num_prompts for place in places], transformer, vae, args)
+    shape = latent_shape(transformer, vae, args)
+    z_1 = torch.stack([torch.randn(shape, generator=keyed_generator(args.seed, "pictures", place)) for place in places])
     nothing_trained = torch.empty(share, 0, dtype=torch.long, device=ranks.device)
-    cond = load_cond(cache, prompts, transformer, vae, args)
     _, x0_hat = rollout(engine, cond, z_1.to(ranks.device), schedule, [0.0] * args.sampling_steps, [], nothing_trained)
-    return to_pil(distributed.all_gather_rows(decode(vae, x0_hat, args)))[:8]
+    return distributed.all_gather_rows(decode(vae, x0_hat, args))[:8]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -14,15 +15,17 @@ from safetensors.torch import save_file
 from fastvideo.distributed import Ranks, UserError, on_main
 from fastvideo.ema import EMA
 from fastvideo.files import rename_folder, whole_file, whole_folder
+from fastvideo.tracking import check_arguments
 from fastvideo.zero import full_state_dict
 
 
-def save(engine: DeepSpeedEngine, ema: EMA | None, folder: Path, iteration: int, keep: int, ranks: Ranks) -> None:
-    """Collective. Write `folder/iteration_NNNNNN`, point `folder/latest` at it, and delete all but the newest `keep` checkpoints.
+def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: int, keep: int, ranks: Ranks) -> None:
+    """Collective. Write `checkpoints/iteration_NNNNNN` under `output_dir`, point `checkpoints/latest` at it, keep the newest `keep`.
 
     A process killed at any moment leaves the previous checkpoint in force: the new one gets its name only once all of it is on disk.
-    Checkpoints of later iterations, left by someone who went back to an earlier one, are deleted too. `folder` must be shared by all nodes.
+    Checkpoints of later iterations, left by someone who went back to an earlier one, are deleted too. All nodes must share `output_dir`.
     """
+    folder = output_dir / "checkpoints"
     name = f"iteration_{iteration:06d}"
     if on_main(lambda: latest(folder) == folder / name):
         return
@@ -59,6 +62,19 @@ def latest(folder: Path) -> Path | None:
     checkpoint = folder / pointer.read_text().strip()
     if not (checkpoint / "state.json").exists():
         raise UserError(f"{pointer} names {checkpoint.name!r}, which is not there; write an existing iteration_* folder's name into it")
+    return checkpoint
+
+
+def to_resume(output_dir: Path, resume: Literal["auto", "never"], arguments: dict[str, Any]) -> Path | None:
+    """The checkpoint that a run in `output_dir` goes on from, None for a new run; warns of arguments that have changed since.
+
+    Raises UserError where there is a run but `resume` is "never", and for changed arguments that the checkpoint decides.
+    """
+    checkpoint = latest(output_dir / "checkpoints")
+    if resume == "never" and (checkpoint or (output_dir / "metrics.jsonl").exists()):
+        raise UserError(f"--output_dir {output_dir} has a run in it and --resume is never: choose another folder")
+    if checkpoint:
+        check_arguments(output_dir, arguments)
     return checkpoint
 
 

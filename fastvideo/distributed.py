@@ -64,6 +64,11 @@ def init(timeout_minutes: float = 30) -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), device)
 
 
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """What networks compute in: "float32", "bfloat16", or "auto", which is bfloat16 on a GPU and float32 on a CPU."""
+    return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
+
+
 def run(main: Callable[[], None]) -> None:
     """Call `main`; a `UserError` becomes one sentence on stderr, once, and exit code 2. Other errors keep their traceback."""
     try:

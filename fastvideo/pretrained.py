@@ -1,10 +1,13 @@
 """Loading diffusers and transformers folders from disk, strictly: what is missing or broken is said, never left random."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
+from peft import LoraConfig
 from safetensors import SafetensorError
 
 from fastvideo.distributed import UserError
@@ -50,3 +53,27 @@ def load_pipeline(folder: str | Path, dtype: str, device: torch.device, flag: st
         raise UserError(f"{flag} {folder} cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def add_lora(model: ModelMixin, rank: int, seed: int) -> None:
+    """Freeze `model` and add a trainable LoRA adapter of `rank` to its attention layers; `seed` makes it equal on all processes."""
+    model.requires_grad_(False)
+    torch.manual_seed(seed)
+    targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
+    model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+
+
+@contextmanager
+def initial_weights(model: ModelMixin, frozen_copy: ModelMixin | None, device: torch.device, offload: bool) -> Iterator[ModelMixin]:
+    """Gives the network with the weights it had before training: `frozen_copy`, or if that is None `model` with its LoRA adapter off.
+
+    The copy computes on `device`; with `offload` it is kept on the CPU between uses.
+    """
+    if frozen_copy is None:
+        model.disable_adapters()
+        yield model
+        model.enable_adapters()
+    else:
+        yield frozen_copy.to(device)
+        if offload:
+            frozen_copy.to("cpu")

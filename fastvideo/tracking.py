@@ -125,6 +125,7 @@ def write_manifest(output_dir: Path, script: str, arguments: dict[str, Any], sam
     """`output_dir/manifest.json`: what was run, with what, and the sampling settings that evaluation should use. Rank 0 only."""
     if not ranks.is_main:
         return
+    output_dir.mkdir(parents=True, exist_ok=True)
     root = Path(script).resolve().parent
     has_git = shutil.which("git") is not None
     git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if has_git else None

@@ -12,9 +12,19 @@ import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import logger as deepspeed_logger
 
+from fastvideo.distributed import UserError
+
 deepspeed_logger.setLevel("ERROR")
 # Only a faster all-reduce inside one CPU host, for which DeepSpeed would run the compiler for a minute at the first start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def check_stage(stage: int, offload: bool, dtype: torch.dtype) -> None:
+    """Raise UserError for what ZeRO cannot do at `stage`."""
+    if offload and stage == 0:
+        raise UserError("--offload moves what ZeRO shards, but --zero_stage is 0: use --zero_stage 1")
+    if dtype == torch.bfloat16 and stage == 0:
+        raise UserError("--zero_stage 0 keeps no float32 master weights, which --dtype bfloat16 needs: use --zero_stage 1")
 
 
 def initialize(

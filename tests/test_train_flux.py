@@ -1,11 +1,8 @@
 """train_grpo_flux.py end to end: the same training on any layout, a ratio of 1, every option, and an export that diffusers loads."""
 
-import ast
-import re
-
 import pytest
 import torch
-from conftest import MODEL, REPOSITORY, TRAIN, largest_difference, launch, metrics_of, weights_of
+from conftest import MODEL, TRAIN, largest_difference, launch, metrics_of, weights_of
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 import train_grpo_flux
@@ -52,7 +49,7 @@ def test_ratio_is_1_before_the_first_update(policy, rollout_batch_size, micro_ba
     for i, k in zip(sample.split(micro_batch_size), slot.split(micro_batch_size)):
         transitions = {name: tensor[i, k] for name, tensor in trajectory.items()}
         log_prob, _ = train_grpo_flux.score_transitions(
-            transformer, transitions, {name: tensor[i] for name, tensor in cond.items()}, args.noise_level
+            transformer, transitions, {name: tensor[i] for name, tensor in cond.items()}, schedule, args.noise_level
         )
         assert log_prob.requires_grad
         deviations.append((log_prob - transitions["old_log_prob"]).exp().sub(1).abs().max().item())
@@ -313,44 +310,3 @@ def test_offload(train, tmp_path, processes):
         assert row["policy/grad_norm"] == pytest.approx(expected["policy/grad_norm"], rel=1e-3)
     exported, plain = (weights_of(tmp_path / name / "export" / "transformer") for name in ("run", "plain"))
     assert largest_difference(exported, plain) < 1e-4
-
-
-# ------------------------------------------------------------------------------------------------------------- flags and fields
-
-SCRIPTS = [TRAIN, REPOSITORY / "evaluate.py", REPOSITORY / "preprocess" / "embed_flux.py"]
-
-
-def argument_class(script) -> ast.ClassDef:
-    return next(node for node in ast.parse(script.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args")
-
-
-def fields_of(script) -> set[str]:
-    return {node.target.id for node in argument_class(script).body if isinstance(node, ast.AnnAssign)}
-
-
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_every_flag_is_used(script):
-    """As args.X, or as self.X in a property of Args; being checked in __post_init__ is no use."""
-    tree = ast.parse(script.read_text())
-    args_class = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
-    args_class.body = [node for node in args_class.body if getattr(node, "name", "") != "__post_init__"]
-    used = {
-        node.attr
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "self")
-    }
-    for node in tree.body:  # evaluate.py goes over these names
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SAMPLING":
-            used |= set(ast.literal_eval(node.value))
-    assert fields_of(script) - used == set()
-
-
-@pytest.mark.parametrize("shell_script", sorted((REPOSITORY / "scripts").glob("*.sh")), ids=lambda path: path.name)
-def test_shell_scripts_give_flags_that_exist(shell_script):
-    text = re.sub(r"\\\n", " ", shell_script.read_text())
-    for name, words in re.findall(r"^[^#\n]*?\b((?:preprocess/)?\w+\.py)\b(.*)$", text, re.MULTILINE):
-        script = REPOSITORY / name
-        if not script.is_file():
-            script = REPOSITORY / "preprocess" / name
-        flags = {flag.replace("--no_", "--") for flag in re.findall(r"(--\w+)", words)}
-        assert {flag.removeprefix("--") for flag in flags} <= fields_of(script), (shell_script.name, name)

@@ -1,0 +1,27 @@
+"""Checks of numbers that users give as flags."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fastvideo.distributed import UserError
+
+BOUNDS = {
+    "at least 2": lambda value: value >= 2,
+    "above 0": lambda value: value > 0,
+    "0 or more": lambda value: value >= 0,
+    "above 0 and at most 1": lambda value: 0 < value <= 1,
+    "at least 0 and below 1": lambda value: 0 <= value < 1,
+}
+
+
+def check_numbers(values: Mapping[str, Any], rules: Mapping[str, str]) -> None:
+    """Raise UserError for the first of `values` (by flag name) that is not finite or breaks its rule; None is no value.
+
+    rules: a key of `BOUNDS` -> the names of the flags that it is for, separated by blanks.
+    """
+    for bound, flags in rules.items():
+        for flag in flags.split():
+            value = values[flag]
+            if value is not None and not (math.isfinite(value) and BOUNDS[bound](value)):
+                raise UserError(f"--{flag} is {value}, but must be {bound}")

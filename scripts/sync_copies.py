@@ -1,0 +1,61 @@
+"""Keeps the functions that the training scripts copy from each other equal: `python scripts/sync_copies.py` says which differ.
+
+A function that is meant to be a copy has a comment above it (above its decorators):
+
+    # Copied from train_grpo_flux.py
+    # Copied from train_grpo_flux.py with transformer->unet, args.shift->args.model
+
+Change it in the named script, then run `python scripts/sync_copies.py --write` to carry the change to every copy. To let a copy go its own
+way, delete the comment.
+"""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+MARKER = re.compile(r"^# Copied from (?P<script>\w+\.py)(?: with (?P<renames>.+))?$")
+
+
+def functions(source: str) -> dict[str, tuple[int, int]]:
+    """Name -> first line (of the decorators) and last line, counted from 1, of each function at the top level of a script."""
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    return {node.name: (min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.end_lineno) for node in nodes}
+
+
+def stale_copies(folder: Path = REPOSITORY, write: bool = False) -> list[str]:
+    """What is wrong with the copies in `folder`'s training scripts, a sentence each; with `write`, stale ones are replaced instead.
+
+    Two functions are equal if their syntax trees are, docstrings included, after the marker's renames in the original.
+    """
+    problems = []
+    for path in sorted(folder.glob("train_grpo_*.py")):
+        lines = path.read_text().splitlines()
+        places = functions(path.read_text())
+        for name, (first, last) in sorted(places.items(), key=lambda place: -place[1][0]):  # from the end, so that line numbers stay true
+            marker = MARKER.match(lines[first - 2])
+            if marker is None:
+                continue
+            original = (folder / marker["script"]).read_text()
+            if name not in functions(original):
+                problems.append(f"{path.name}: {name} is marked as a copy, but {marker['script']} has no such function")
+                continue
+            start, end = functions(original)[name]
+            wanted = "\n".join(original.splitlines()[start - 1 : end])
+            for rename in (marker["renames"] or "").split(", ") if marker["renames"] else []:
+                wanted = wanted.replace(*rename.split("->"))
+            if ast.dump(ast.parse(wanted)) == ast.dump(ast.parse("\n".join(lines[first - 1 : last]))):
+                continue
+            problems.append(f"{path.name}: {name} differs from the one in {marker['script']}")
+            lines[first - 1 : last] = wanted.splitlines()
+        if write:
+            path.write_text("\n".join(lines) + "\n")
+    return problems
+
+
+if __name__ == "__main__":
+    write = sys.argv[1:] == ["--write"]
+    problems = stale_copies(write=write)
+    print("\n".join(problems + ["rewritten"] * (write and bool(problems))) or "all copies are equal")
+    sys.exit(bool(problems) and not write)

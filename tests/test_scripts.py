@@ -1,0 +1,134 @@
+"""The training scripts: what they copy from each other is equal, they have the same sections in the same order, and every flag is read."""
+
+import ast
+import re
+import shutil
+
+import pytest
+from conftest import REPOSITORY
+
+from scripts.sync_copies import MARKER, stale_copies
+
+TRAINING_SCRIPTS = sorted(REPOSITORY.glob("train_grpo_*.py"))
+SCRIPTS = [*TRAINING_SCRIPTS, REPOSITORY / "evaluate.py", *sorted((REPOSITORY / "preprocess").glob("*.py"))]
+SECTIONS = ["1. Arguments", "2. Sampler", "3. Model", "4. Rollout", "5. Advantages", "6. Loss", "7. Main"]
+FUNCTIONS = {
+    "2. Sampler": ["time_schedule", "sde_step"],
+    "3. Model": ["load_models", "latent_shape", "load_cond", "predict", "decode"],
+    "4. Rollout": ["rollout"],
+    "5. Advantages": ["group_advantages", "best_of_n", "select_timesteps"],
+    "6. Loss": ["grpo_loss", "pick", "score_transitions", "reference_kl", "check_ratio"],
+    "7. Main": ["main", "sample_media"],
+}
+# fmt: off
+SHARED_FLAGS = {
+    "model", "embeddings", "output_dir", "iterations", "seed", "prompts_per_iteration", "num_generations", "updates_per_iteration",
+    "sampling_steps", "noise_level", "timestep_fraction", "timestep_selection", "shared_noise", "clip_range", "advantage_clip",
+    "best_of_n", "rewards", "reward_weights", "learning_rate", "weight_decay", "max_grad_norm", "lr_warmup_steps", "ema_decay",
+    "kl_weight", "lora_rank", "old_log_prob", "zero_stage", "offload", "dtype", "attention", "gradient_checkpointing", "height",
+    "width", "rollout_batch_size", "micro_batch_size", "resume", "checkpoint_every", "keep_checkpoints", "sample_every", "trackers",
+}
+# fmt: on
+
+
+@pytest.fixture
+def scripts(tmp_path):
+    """Copies of the training scripts, to be spoilt."""
+    for path in TRAINING_SCRIPTS:
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def test_copies_are_equal():
+    assert stale_copies() == []
+    marked = [line for path in TRAINING_SCRIPTS for line in path.read_text().splitlines() if MARKER.match(line)]
+    assert len(marked) >= 8 * (len(TRAINING_SCRIPTS) - 1)
+
+
+def test_a_changed_copy_is_found_and_mended(scripts):
+    path = scripts / "train_grpo_hunyuan.py"
+    before = path.read_text()
+    path.write_text(before.replace("ratio.clamp(1 - clip_range, 1 + clip_range)", "ratio.clamp(1, 1 + clip_range)"))
+    assert stale_copies(scripts) == ["train_grpo_hunyuan.py: grpo_loss differs from the one in train_grpo_flux.py"]
+    stale_copies(scripts, write=True)
+    assert path.read_text() == before
+
+
+def test_a_change_of_the_original_reaches_all_copies(scripts):
+    original = scripts / "train_grpo_flux.py"
+    original.write_text(
+        original.read_text().replace("timer = tracking.Timer()", "timer = tracking.Timer()  # new\n        print(transformer)")
+    )
+    assert len(stale_copies(scripts)) == len(TRAINING_SCRIPTS) - 1
+    stale_copies(scripts, write=True)
+    assert stale_copies(scripts) == []
+    assert "print(unet)" in (scripts / "train_grpo_sd.py").read_text()
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS, ids=lambda path: path.name)
+def test_sections_and_functions_come_in_the_same_order(script):
+    text = script.read_text()
+    assert re.findall(r"^# (\d\. \w+) =+$", text, re.MULTILINE) == SECTIONS
+    for section, part in zip(SECTIONS, re.split(r"^# \d\. \w+ =+$", text, flags=re.MULTILINE)[1:], strict=True):
+        defined = re.findall(r"^def (\w+)\(", part, re.MULTILINE)
+        assert [name for name in defined if name in FUNCTIONS.get(section, [])] == FUNCTIONS.get(section, [])
+    assert len(text.splitlines()) <= 650
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS, ids=lambda path: path.name)
+def test_only_predict_calls_the_network(script):
+    """Two calls, in rollout and update, are how a ratio stops being 1."""
+    tree = ast.parse(script.read_text())
+    callers = {
+        function.name
+        for function in tree.body
+        if isinstance(function, ast.FunctionDef)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("transformer", "unet", "engine")
+    }
+    assert callers == {"predict"}
+
+
+def argument_class(script) -> ast.ClassDef:
+    return next(node for node in ast.parse(script.read_text()).body if isinstance(node, ast.ClassDef) and node.name == "Args")
+
+
+def fields_of(script) -> set[str]:
+    return {node.target.id for node in argument_class(script).body if isinstance(node, ast.AnnAssign)}
+
+
+@pytest.mark.parametrize("script", TRAINING_SCRIPTS, ids=lambda path: path.name)
+def test_shared_flags_have_the_same_names(script):
+    assert fields_of(script) >= SHARED_FLAGS
+    family = script.stem.removeprefix("train_grpo_")
+    assert ({"shift", "sde_window"} <= fields_of(script)) == (family != "sd")
+    assert ("num_frames" in fields_of(script)) == (family not in ("sd", "flux"))
+    assert ("guidance_scale" in fields_of(script)) == (family in ("sd", "skyreels", "wan"))
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
+def test_every_flag_is_used(script):
+    """As args.X, or as self.X in a property of Args; being checked in __post_init__ is no use."""
+    tree = ast.parse(script.read_text())
+    args_class = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Args")
+    args_class.body = [node for node in args_class.body if getattr(node, "name", "") != "__post_init__"]
+    used = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "self")
+    }
+    for node in tree.body:  # evaluate.py goes over these names
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SAMPLING":
+            used |= set(ast.literal_eval(node.value))
+    assert fields_of(script) - used == set()
+
+
+@pytest.mark.parametrize("shell_script", sorted((REPOSITORY / "scripts").glob("*.sh")), ids=lambda path: path.name)
+def test_shell_scripts_give_flags_that_exist(shell_script):
+    text = re.sub(r"\\\n", " ", shell_script.read_text())
+    for name, words in re.findall(r"^[^#\n]*?\b((?:preprocess/)?\w+\.py)\b(.*)$", text, re.MULTILINE):
+        script = REPOSITORY / name
+        if not script.is_file():
+            script = REPOSITORY / "preprocess" / name
+        flags = {flag.replace("--no_", "--") for flag in re.findall(r"(--\w+)", words)}
+        assert {flag.removeprefix("--") for flag in flags} <= fields_of(script), (shell_script.name, name)

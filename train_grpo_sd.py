@@ -1,0 +1,621 @@
+"""GRPO training of Stable Diffusion (diffusion, DDIM, classifier-free guidance), in one file: DanceGRPO, https://arxiv.org/abs/2505.07818.
+
+    python train_grpo_sd.py --model shapes/models/sd --embeddings CACHE --output_dir RUN --rewards aesthetic --height 32 --width 32
+    torchrun --standalone --nproc_per_node 8 train_grpo_sd.py --model stable-diffusion-v1-4 --embeddings CACHE --output_dir RUN --rewards R
+
+Equation numbers are the paper's. Letters for shapes: B samples in a batch, P prompts, G samples of one prompt (--num_generations),
+T sampling steps, K trained steps of a sample, C latent channels.
+"""
+
+import copy
+import dataclasses
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+import tyro
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tqdm import tqdm
+
+from fastvideo import checkpoint, distributed, tracking, zero
+from fastvideo.attention import set_attention
+from fastvideo.distributed import UserError, keyed_generator, warn
+from fastvideo.ema import EMA
+from fastvideo.embedding_cache import EmbeddingCache
+from fastvideo.fingerprint import check_encoder
+from fastvideo.flags import check_numbers
+from fastvideo.media import save_samples
+from fastvideo.pretrained import add_lora, first_line, initial_weights, load_pretrained
+from fastvideo.prompts import draw_prompts
+from fastvideo.rewards import group_statistics, load_rewards, parse_rewards, score
+
+# What evaluate.py takes over from a run.
+SAMPLING = ("sampling_steps", "guidance_scale", "height", "width")
+
+# 1. Arguments =========================================================================================================
+
+
+@dataclass
+class Args:
+    model: Path
+    """Stable Diffusion folder in diffusers layout; `unet`, `vae` and `scheduler` are loaded from it."""
+    embeddings: Path
+    """Embedding cache of the training prompts, made by preprocess/embed_sd.py with the same model folder."""
+    output_dir: Path
+    """Run folder: metrics, checkpoints, pictures, and after the last iteration export/."""
+    rewards: tuple[str, ...]
+    """Each NAME[=PATH][@THRESHOLD]; a threshold makes the reward binary."""
+    reward_weights: tuple[float, ...] = ()
+    """Weight of each reward's advantages, in the order of --rewards (default: 1 each)."""
+    iterations: int = 300
+    """Training iterations: each draws prompts, samples, and makes --updates_per_iteration updates."""
+    seed: int = 0
+    """Seed of every random draw: prompts, noise, trained steps, LoRA initialisation."""
+
+    prompts_per_iteration: int = 32
+    """Prompts of one iteration, over all processes (P)."""
+    num_generations: int = 12
+    """Samples of each prompt (G), the group within which advantages are computed."""
+    updates_per_iteration: int = 1
+    """Optimiser steps an iteration, each on its own share of every prompt's samples."""
+    best_of_n: int = 0
+    """Train on this many samples a prompt only: the better half from the top, the other from the bottom by advantage (0: on all)."""
+    sampling_steps: int = 50
+    """Steps from noise to picture (T)."""
+    noise_level: float = 1.0
+    """Noise of the sampling SDE, epsilon_t in Eq. 7: the paper's Table 6 has 0.3, its released code 1, which is DDPM and the most."""
+    timestep_fraction: float = 0.6
+    """Share of the stochastic transitions that is trained, for each sample (tau)."""
+    timestep_selection: Literal["random", "first", "last"] = "random"
+    """Which of the stochastic transitions are trained."""
+    shared_noise: bool = True
+    """All samples of one prompt start from the same noise."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance, within the policy: what is sampled and scored is the guided prediction (1: none, at half the cost)."""
+    height: int = 512
+    """Picture height in pixels."""
+    width: int = 512
+    """Picture width in pixels."""
+
+    clip_range: float = 1e-4
+    """The ratio is clipped to 1 +- this."""
+    advantage_clip: float = 5.0
+    """Summed advantages are clipped to +- this."""
+    kl_weight: float = 0.0
+    """Weight of the KL divergence to the initial policy (0: none, as in the paper)."""
+    old_log_prob: Literal["rollout", "recompute"] = "rollout"
+    """Where the ratio's denominator comes from: the rollout, or one more pass in the update's own batches."""
+    learning_rate: float = 1e-5
+    """Learning rate of AdamW."""
+    weight_decay: float = 1e-4
+    """Weight decay of AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this global norm (0: not at all)."""
+    lr_warmup_steps: int = 0
+    """Updates over which the learning rate rises linearly to its value."""
+    ema_decay: float = 0.995
+    """Decay of the weights' moving average, taken after each update; the average is what is exported (0: none)."""
+    lora_rank: int = 0
+    """Train a LoRA adapter of this rank on the attention layers (0: train all weights)."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage: 1 shards the optimiser over the processes, 2 also gradients, 3 also weights."""
+    offload: bool = False
+    """Keep the optimiser (and the reference of --kl_weight) in CPU memory."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What the networks compute in (auto: bfloat16 on GPUs, float32 on CPUs). Latents and log-probs are always float32."""
+    attention: str = "auto"
+    """A diffusers attention backend: native, flash, ... (auto: flash where flash-attn is installed, else native)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, to save memory."""
+    rollout_batch_size: int = 8
+    """Samples drawn at once by each process."""
+    micro_batch_size: int = 4
+    """(sample, step) pairs in one forward and backward pass of each process."""
+
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest checkpoint in --output_dir, if any; never: refuse a folder that has a run in it."""
+    checkpoint_every: int = 50
+    """Iterations between checkpoints; one is always saved after the last."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+    sample_every: int = 50
+    """Iterations between grids of ODE samples of 8 prompts (0: none)."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ("tensorboard",)
+    """Where metrics go besides metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        parse_rewards(self.rewards)
+        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
+            raise UserError(f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} --rewards")
+        self.reward_weights = self.reward_weights or (1.0,) * len(self.rewards)
+        rules = {
+            "at least 2": "num_generations sampling_steps",
+            "above 0": "iterations prompts_per_iteration updates_per_iteration height width guidance_scale clip_range advantage_clip "
+            "learning_rate rollout_batch_size micro_batch_size checkpoint_every keep_checkpoints",
+            "0 or more": "best_of_n kl_weight weight_decay max_grad_norm lr_warmup_steps lora_rank sample_every",
+            "above 0 and at most 1": "timestep_fraction noise_level",
+            "at least 0 and below 1": "ema_decay",
+        }
+        check_numbers(vars(self), rules)
+        if self.best_of_n % 2 or self.best_of_n > self.num_generations:
+            raise UserError(f"--best_of_n is {self.best_of_n}, but must be even and at most --num_generations {self.num_generations}")
+        if self.kept_generations % self.updates_per_iteration:
+            kept = f"--best_of_n {self.best_of_n}" if self.best_of_n else f"--num_generations {self.num_generations}"
+            raise UserError(f"--updates_per_iteration {self.updates_per_iteration} does not divide {kept}")
+
+    @property
+    def kept_generations(self) -> int:
+        return self.best_of_n or self.num_generations
+
+    @property
+    def stochastic_steps(self) -> range:
+        """Transitions with noise, which alone can be trained. Never the last: what it adds would not reach the decoded x0_hat."""
+        return range(self.sampling_steps - 1)
+
+
+# 2. Sampler ===========================================================================================================
+
+
+class Schedule(NamedTuple):
+    """The noise of a trajectory's T transitions: training step before, alpha^2 of Eq. 1 before and after, each (T,)."""
+
+    timesteps: torch.Tensor
+    alpha_bar_t: torch.Tensor
+    alpha_bar_s: torch.Tensor
+    predicts_v: bool
+
+    def to(self, device: torch.device) -> "Schedule":
+        return Schedule(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in self))
+
+
+def time_schedule(num_steps: int, model: Path) -> Schedule:
+    """DDIM's schedule with the betas, spacing and prediction type of the folder's scheduler. Raises UserError if DDIM has none."""
+    folder = model / "scheduler"
+    try:
+        scheduler = DDIMScheduler.from_pretrained(folder, local_files_only=True)
+        scheduler.set_timesteps(num_steps)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--model: {folder} gives no DDIM schedule of --sampling_steps {num_steps}: {first_line(error)}") from error
+    t, prediction = scheduler.timesteps, scheduler.config.prediction_type
+    s = t - scheduler.config.num_train_timesteps // num_steps  # as DDIM steps; with trailing spacing it need not be the next t
+    alpha_bar_t = scheduler.alphas_cumprod[t]
+    alpha_bar_s = torch.where(s < 0, scheduler.final_alpha_cumprod, scheduler.alphas_cumprod[s.clamp(min=0)])
+    if prediction not in ("epsilon", "v_prediction"):
+        raise UserError(f"--model: {folder} has prediction_type {prediction!r}, but epsilon and v_prediction are supported")
+    if alpha_bar_t.min() < 1e-6:
+        raise UserError(f"--model: {folder} leaves no signal at the first step (zero terminal SNR), which a policy of noise cannot sample")
+    return Schedule(t, alpha_bar_t, alpha_bar_s, prediction == "v_prediction")
+
+
+def sde_step(
+    z_t: torch.Tensor,
+    eps_hat: torch.Tensor,
+    alpha_bar_t: torch.Tensor,
+    alpha_bar_s: torch.Tensor,
+    noise_level: float,
+    z_s: torch.Tensor | None = None,
+    noise: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    """One transition of the diffusion SDE in DDIM's discrete form: draws z_s from `noise`, or scores a given `z_s`.
+
+    z_t, eps_hat, z_s, noise: (B, ...) float32. alpha_bar_t < alpha_bar_s: scalars or (B,), in (0, 1]. noise_level: 0 (DDIM) to 1 (DDPM).
+    Returns z_s; its log-probability (B,), the mean over elements (None at noise_level 0); and x0_hat.
+    """
+    shape = -1, *[1] * (z_t.ndim - 1)
+    alpha_bar_t, alpha_bar_s = (torch.as_tensor(v, dtype=z_t.dtype, device=z_t.device).reshape(shape) for v in (alpha_bar_t, alpha_bar_s))
+    x0_hat = (z_t - (1 - alpha_bar_t).sqrt() * eps_hat) / alpha_bar_t.sqrt()  # Eq. 1
+    # Eq. 7 in discrete form: https://arxiv.org/abs/2010.02502, Eq. 16 and 12
+    std = noise_level * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)).sqrt()
+    mean = alpha_bar_s.sqrt() * x0_hat + (1 - alpha_bar_s - std**2).sqrt() * eps_hat
+    if noise_level == 0:
+        return mean, None, x0_hat  # Eq. 2
+    if z_s is None:
+        z_s = mean + std * noise
+    log_prob = -((z_s - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
+    return z_s, log_prob.flatten(1).mean(1), x0_hat
+
+
+# 3. Model =============================================================================================================
+
+
+def load_models(args: Args, dtype: torch.dtype, device: torch.device) -> tuple[UNet2DConditionModel, AutoencoderKL]:
+    """The policy, on the CPU and ready for the engine, and the frozen decoder on `device`."""
+    unet = load_pretrained(UNet2DConditionModel, args.model, "unet", torch_dtype=dtype)
+    vae = load_pretrained(AutoencoderKL, args.model, "vae", torch_dtype=dtype).to(device).eval().requires_grad_(False)
+    scale = 2 ** (len(vae.config.block_out_channels) + len(unet.config.block_out_channels) - 2)  # to the UNet's coarsest grid: 64 for v1.4
+    if args.height % scale or args.width % scale:
+        raise UserError(f"--height {args.height} and --width {args.width} must be multiples of {scale} for {args.model}")
+    set_attention(unet, args.attention, device)
+    if args.lora_rank:
+        add_lora(unet, args.lora_rank, args.seed)
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet.train(), vae
+
+
+def latent_shape(unet: UNet2DConditionModel, vae: AutoencoderKL, args: Args) -> tuple[int, ...]:
+    """Of one sample: (C, latent height, latent width)."""
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    return unet.config.in_channels, args.height // scale, args.width // scale
+
+
+def load_cond(cache: EmbeddingCache, prompts: list[int], unet: UNet2DConditionModel, vae: AutoencoderKL, args: Args) -> dict:
+    """What the network is given of each prompt, as tensors with the prompts in front: its embeddings, and guidance by the empty prompt."""
+    cond = {"prompt_embeds": cache.get(prompts)["prompt_embeds"].to(vae.device, unet.dtype)}
+    if args.guidance_scale != 1:
+        empty = cache.get([cache.unconditional] * len(prompts))
+        cond["negative_prompt_embeds"] = empty["prompt_embeds"].to(vae.device, unet.dtype)
+        cond["guidance_scale"] = torch.full((len(prompts), 1, 1, 1), args.guidance_scale, device=vae.device)
+    return cond
+
+
+def predict(
+    unet: torch.nn.Module, z_t: torch.Tensor, step: torch.Tensor, schedule: Schedule, cond: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    """eps_hat, of z_t's shape (B, C, H, W), float32, before transition `step` (B,). The only call of the network, for rollout and update.
+
+    With guidance (the paper's appendix C) both branches are one batch of 2 B, and gradients flow through both.
+    """
+    z, t, text = z_t.to(cond["prompt_embeds"].dtype), schedule.timesteps[step], cond["prompt_embeds"]
+    if "guidance_scale" in cond:
+        z, t, text = torch.cat([z, z]), torch.cat([t, t]), torch.cat([cond["negative_prompt_embeds"], text])
+    output = unet(z, t, encoder_hidden_states=text, return_dict=False)[0].float()
+    if "guidance_scale" in cond:
+        negative, positive = output.chunk(2)
+        output = negative + cond["guidance_scale"] * (positive - negative)
+    if not schedule.predicts_v:
+        return output
+    alpha_bar = schedule.alpha_bar_t[step].view(-1, 1, 1, 1)
+    return alpha_bar.sqrt() * output + (1 - alpha_bar).sqrt() * z_t  # from v = alpha eps - sigma x, https://arxiv.org/abs/2202.00512
+
+
+def decode(vae: AutoencoderKL, x0_hat: torch.Tensor, args: Args) -> torch.Tensor:
+    """Latents (B, C, H, W) to pictures (B, 3, height, width), float32 in [-1, 1]."""
+    return vae.decode((x0_hat / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
+
+
+# 4. Rollout ===========================================================================================================
+
+
+@torch.no_grad()
+def rollout(
+    unet: torch.nn.Module,
+    cond: dict[str, torch.Tensor],
+    z_1: torch.Tensor,
+    schedule: Schedule,
+    noise_levels: list[float],
+    generators: list[torch.Generator],
+    trained_steps: torch.Tensor,
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Sample one trajectory for each row of z_1, keeping only the transitions that will be trained.
+
+    cond: tensors (B, ...). z_1: (B, *latent) float32. schedule: of T steps. noise_levels: T numbers, 0 for a DDIM step.
+    generators: B, for the noise of each sample's steps. trained_steps: (B, K) step indices.
+    Returns the trajectories, {"step", "old_log_prob": (B, K), "z_t", "z_s": (B, K, *latent)}, and the clean latents (B, *latent).
+    """
+    kept = {"step": trained_steps, "old_log_prob": z_1.new_zeros(trained_steps.shape)}
+    kept |= {name: z_1.new_zeros(*trained_steps.shape, *z_1.shape[1:]) for name in ("z_t", "z_s")}
+    z_t = z_1
+    for step, noise_level in enumerate(noise_levels):
+        eps_hat = predict(unet, z_t, torch.full((len(z_t),), step, device=z_t.device), schedule, cond)
+        noise = torch.stack([torch.randn(z_t.shape[1:], generator=g) for g in generators]).to(z_t) if noise_level else None
+        z_s, log_prob, _ = sde_step(z_t, eps_hat, schedule.alpha_bar_t[step], schedule.alpha_bar_s[step], noise_level, noise=noise)
+        if noise_level:
+            here = trained_steps == step  # (B, K)
+            here_too = here.view(*here.shape, *[1] * (z_t.ndim - 1))
+            kept["z_t"] = torch.where(here_too, z_t[:, None], kept["z_t"])
+            kept["z_s"] = torch.where(here_too, z_s[:, None], kept["z_s"])
+            kept["old_log_prob"] = torch.where(here, log_prob[:, None], kept["old_log_prob"])
+        z_t = z_s
+    return kept, z_t
+
+
+# 5. Advantages ========================================================================================================
+
+
+# Copied from train_grpo_flux.py
+def group_advantages(rewards: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
+    """Eq. 10 within each prompt's group, for each reward, then the weighted sum (Algorithm 1, line 8).
+
+    rewards: name -> (P, G). Returns (P, G) float32. A group whose rewards are all equal gets exactly zero.
+    """
+    total = 0
+    for name, values in rewards.items():
+        values = values.double()
+        deviations = (values - values.mean(1, keepdim=True)) / (values.std(1, keepdim=True) + 1e-8)
+        equal = values.amax(1, keepdim=True) == values.amin(1, keepdim=True)  # not std == 0: the mean of equal numbers is rounded
+        total = total + weights[name] * deviations.masked_fill(equal, 0)
+    return total.float()
+
+
+# Copied from train_grpo_flux.py
+def best_of_n(advantages: torch.Tensor, keep: int) -> torch.Tensor:
+    """Of each prompt's samples, the keep / 2 with the highest and the keep / 2 with the lowest advantage.
+
+    advantages: (P, G). Returns (P, keep) indices in ascending order; all of them for keep = G.
+    """
+    order = advantages.argsort(dim=1, descending=True, stable=True)
+    top = (keep + 1) // 2
+    return torch.cat([order[:, :top], order[:, order.shape[1] - (keep - top) :]], dim=1).sort(dim=1).values
+
+
+# Copied from train_grpo_flux.py
+def select_timesteps(
+    generators: list[torch.Generator], num_steps: int, fraction: float, selection: Literal["random", "first", "last"] = "random"
+) -> torch.Tensor:
+    """For each sample, which of `num_steps` steps are trained: (len(generators), ceil(fraction * num_steps)), ascending and distinct."""
+    count = math.ceil(round(fraction * num_steps, 6))  # 0.6 * 5 is 3, not 3.0000000000000004
+    if selection == "random":
+        return torch.stack([torch.randperm(num_steps, generator=g)[:count].sort().values for g in generators])
+    first = 0 if selection == "first" else num_steps - count
+    return torch.arange(first, first + count).expand(len(generators), -1)
+
+
+# 6. Loss ==============================================================================================================
+
+
+# Copied from train_grpo_flux.py
+def grpo_loss(
+    log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantages: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Eq. 9, negated, as the mean over the given transitions. All inputs (B,). Returns the loss and statistics of the ratio."""
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    with torch.no_grad():
+        stats = {
+            "ratio_mean": ratio.mean(),
+            "ratio_max_dev": (ratio - 1).abs().max(),
+            "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
+            "clip_frac": ((ratio - 1).abs() > clip_range).float().mean(),
+        }
+    return loss, stats
+
+
+# Copied from train_grpo_flux.py
+def pick(trajectory: dict, cond: dict, sample: torch.Tensor, slot: torch.Tensor, num_generations: int) -> tuple[dict, dict]:
+    """Transitions of a process's trajectories {name: (samples, K, ...)} at sample (B,), slot (B,), and what their prompts condition on."""
+    transitions = {name: tensor[sample, slot] for name, tensor in trajectory.items()}
+    return transitions, {name: tensor[sample // num_generations] for name, tensor in cond.items()}
+
+
+def score_transitions(
+    unet: torch.nn.Module, transitions: dict, cond: dict, schedule: Schedule, noise_level: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """log_prob (B,) under the UNet's weights of transitions as `rollout` keeps them, each tensor (B, ...); and its eps_hat."""
+    z_t, step = transitions["z_t"], transitions["step"]
+    eps_hat = predict(unet, z_t, step, schedule, cond)
+    alpha_bars = schedule.alpha_bar_t[step], schedule.alpha_bar_s[step]
+    return sde_step(z_t, eps_hat, *alpha_bars, noise_level, z_s=transitions["z_s"])[1], eps_hat
+
+
+def reference_kl(
+    reference: torch.nn.Module, transitions: dict, cond: dict, schedule: Schedule, eps_hat: torch.Tensor, noise_level: float
+) -> torch.Tensor:
+    """KL between two policies' Gaussians of the transitions, |mean - mean_ref|^2 / (2 std^2), mean over elements and batch."""
+    z_t, step, zeros = transitions["z_t"], transitions["step"], torch.zeros_like(transitions["z_t"])
+    with torch.no_grad():
+        eps_ref = predict(reference, z_t, step, schedule, cond)
+    alpha_bars = schedule.alpha_bar_t[step], schedule.alpha_bar_s[step]
+    mean, mean_ref = (sde_step(z_t, eps, *alpha_bars, noise_level, noise=zeros)[0] for eps in (eps_hat, eps_ref))
+    std = sde_step(zeros, zeros, *alpha_bars, noise_level, noise=torch.ones_like(zeros))[0]
+    return ((mean - mean_ref).square() / (2 * std**2)).mean()
+
+
+# Copied from train_grpo_flux.py
+def check_ratio(max_deviation: float, clip_range: float) -> None:
+    """Before the first update the ratio is 1. Warns above a tenth of clip_range; raises UserError above clip_range."""
+    message = (
+        f"before the first update, max |ratio - 1| is {max_deviation:.1e} with --clip_range {clip_range}: rollout and update computed "
+        "different log-probs, because of bfloat16 kernels that depend on the batch shape, the attention backend, or dropout. "
+        "--old_log_prob recompute cures it; so may equal --rollout_batch_size and --micro_batch_size, or --dtype float32"
+    )
+    if not max_deviation <= clip_range:
+        raise UserError(message)
+    if max_deviation > clip_range / 10:
+        warn(message)
+
+
+# 7. Main ==============================================================================================================
+
+
+# Copied from train_grpo_flux.py with transformer->unet, args.shift->args.model
+def main() -> None:
+    args = tyro.cli(Args, use_underscores=True, console_outputs=distributed.launch_rank() == 0, description=__doc__.splitlines()[0])
+    ranks = distributed.init()
+    P, G, N = args.prompts_per_iteration, args.num_generations, args.updates_per_iteration
+    if P % ranks.world_size:
+        raise UserError(f"--prompts_per_iteration {P} does not divide among {ranks.world_size} processes")
+    device = ranks.device
+    dtype = distributed.compute_dtype(args.dtype, device)
+    zero.check_stage(args.zero_stage, args.offload, dtype)
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(args).items()}
+    resume_from = distributed.on_main(lambda: checkpoint.to_resume(args.output_dir, args.resume, arguments))
+
+    # Data, rewards, models, engine.
+    cache = EmbeddingCache(args.embeddings, ranks=ranks)
+    check_encoder(cache, args.model)
+    rewards = load_rewards(parse_rewards(args.rewards), device)
+    weights = dict(zip(rewards, args.reward_weights, strict=True))
+    unet, vae = load_models(args, dtype, device)
+    load_cond(cache, [0], unet, vae, args)  # a cache that does not fit is refused now, before the engine is built
+    reference = copy.deepcopy(unet).requires_grad_(False) if args.kl_weight and not args.lora_rank else None
+    local_prompts = P // ranks.world_size
+    steps_trained = select_timesteps([torch.Generator()], len(args.stochastic_steps), args.timestep_fraction).shape[1]
+    pairs_per_update = local_prompts * (args.kept_generations // N) * steps_trained
+    engine = zero.initialize(
+        unet,
+        stage=args.zero_stage,
+        offload=args.offload,
+        dtype=dtype,
+        learning_rate=args.learning_rate,
+        weight_decay=args.weight_decay,
+        lr_multiplier=lambda update: min(1.0, (update + 1) / max(1, args.lr_warmup_steps)),
+        max_grad_norm=args.max_grad_norm,
+        micro_batch_size=args.micro_batch_size,
+        accumulation_steps=math.ceil(pairs_per_update / args.micro_batch_size),
+    )
+    ema = EMA(engine, args.ema_decay) if args.ema_decay else None
+    schedule = time_schedule(args.sampling_steps, args.model).to(device)
+    noise_levels = [args.noise_level if step in args.stochastic_steps else 0.0 for step in range(args.sampling_steps)]
+    shape = latent_shape(unet, vae, args)
+
+    # Resume.
+    done = checkpoint.load(engine, ema, resume_from, ranks) if resume_from else 0
+    if done > args.iterations:
+        raise UserError(f"{resume_from} is at iteration {done}, beyond --iterations {args.iterations}")
+    sampling = {name: (arguments | cache.fingerprint)[name] for name in SAMPLING}
+    if ranks.is_main:
+        print(f"resuming from {resume_from}" if resume_from else f"a new run in {args.output_dir}")
+        print(
+            f"{cache.num_prompts} prompts, {G} samples of each of {P} an iteration on {ranks.world_size} {device.type} processes, {dtype}"
+        )
+    tracking.write_manifest(args.output_dir, __file__, arguments, sampling, ranks)
+    tracker = tracking.Tracker(args.output_dir, args.trackers, arguments, done, ranks)
+
+    progress = tqdm(range(done + 1, args.iterations + 1), initial=done, total=args.iterations, disable=not ranks.is_main, desc="GRPO")
+    for iteration in progress:
+        timer = tracking.Timer()
+        with timer("iteration"):
+            # Line 2: draw a batch of prompts. This process has the slots `first` to `first + local_prompts`.
+            prompts = draw_prompts(cache.num_prompts, P, iteration, args.seed)
+            first = ranks.rank * local_prompts
+            own_prompts = prompts[first : first + local_prompts]
+            cond = distributed.together(lambda p=own_prompts: load_cond(cache, p, unet, vae, args))
+            samples = [(first + i // G, i % G) for i in range(local_prompts * G)]  # (prompt slot, index in its group)
+
+            # Line 10, ahead of its turn so that only what is trained needs to be kept: the trained steps of each sample.
+            generators = [keyed_generator(args.seed, "timesteps", iteration, *sample) for sample in samples]
+            selected = select_timesteps(generators, len(args.stochastic_steps), args.timestep_fraction, args.timestep_selection)
+            trained_steps = (selected + args.stochastic_steps.start).to(device)
+
+            # Lines 3 to 6: G samples of each prompt from the old policy, which is the current one, and their rewards.
+            progress.set_description("sampling")
+            trajectories, scores, failure = [], [], None
+            for batch in torch.arange(len(samples)).split(args.rollout_batch_size):
+                slots = [samples[i] for i in batch]
+                keys = [(slot,) if args.shared_noise else (slot, g) for slot, g in slots]
+                initial = [keyed_generator(args.seed, "initial_noise", iteration, *key) for key in keys]
+                z_1 = torch.stack([torch.randn(shape, generator=generator) for generator in initial])
+                generators = [keyed_generator(args.seed, "step_noise", iteration, *sample) for sample in slots]
+                batch_cond = {name: tensor[batch.to(device) // G] for name, tensor in cond.items()}
+                with timer("rollout"):
+                    kept, x0_hat = rollout(engine, batch_cond, z_1.to(device), schedule, noise_levels, generators, trained_steps[batch])
+                    trajectories.append(kept)
+                with timer("decode"), torch.no_grad():
+                    media = decode(vae, x0_hat, args)
+                with timer("reward"):
+                    try:
+                        scores.append(score(rewards, media, [cache.rows[prompts[slot]] for slot, _ in slots]))
+                    except UserError as error:
+                        failure = failure or error  # go on to the end: the other processes wait there
+            try:
+                distributed.raise_everywhere(failure)
+            except UserError:
+                checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
+                raise
+            trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
+
+            # Lines 7 to 9: advantages within each prompt's group, of all prompts on all processes alike.
+            own_scores = {name: torch.cat([part[name] for part in scores]).to(device) for name in rewards}
+            group_rewards = {name: distributed.all_gather_rows(values).cpu().view(P, G) for name, values in own_scores.items()}
+            advantages = group_advantages(group_rewards, weights).clamp(-args.advantage_clip, args.advantage_clip)
+            own_advantages = advantages[first : first + local_prompts]
+            chosen = best_of_n(own_advantages, args.kept_generations) + G * torch.arange(local_prompts)[:, None]  # (local_prompts, kept)
+            own_advantages = own_advantages.flatten().to(device)
+
+            # Lines 11 to 13: gradient ascent. Update u takes samples u, u + N, u + 2 N, ... of every prompt, with all their trained steps.
+            updates = []
+            for u in range(N):
+                sample = chosen[:, u::N].flatten().to(device)
+                pairs = sample.repeat_interleave(steps_trained), torch.arange(steps_trained, device=device).repeat(len(sample))
+                updates.append(list(zip(*(indices.split(args.micro_batch_size) for indices in pairs), strict=True)))
+
+            progress.set_description("updating")
+            stats, norms = [], []
+            with timer("update"):
+                if args.old_log_prob == "recompute":
+                    with torch.no_grad():
+                        for pair in (pair for update in updates for pair in update):
+                            transitions, pair_cond = pick(trajectory, cond, *pair, G)
+                            log_prob, _ = score_transitions(engine, transitions, pair_cond, schedule, args.noise_level)
+                            trajectory["old_log_prob"][pair] = log_prob
+                for u, update in enumerate(updates):
+                    for sample, slot in update:
+                        transitions, pair_cond = pick(trajectory, cond, sample, slot, G)
+                        log_prob, prediction = score_transitions(engine, transitions, pair_cond, schedule, args.noise_level)
+                        loss, row = grpo_loss(log_prob, transitions["old_log_prob"], own_advantages[sample], args.clip_range)
+                        row |= {"loss": loss.detach(), "update": u, "share": len(sample) / pairs_per_update}
+                        if args.kl_weight:
+                            with initial_weights(unet, reference, device, args.offload) as initial:
+                                kl = reference_kl(initial, transitions, pair_cond, schedule, prediction, args.noise_level)
+                            row["kl"], loss = kl.detach(), loss + args.kl_weight * kl
+                        norm = zero.backward_and_step(engine, loss * row["share"])
+                        stats.append(row)
+                    norms.append(norm)
+                    if not math.isfinite(norm):
+                        raise UserError(f"the gradient norm is {norm} in iteration {iteration}: diverged; the last checkpoint is whole")
+                    if u == 0 and iteration == done + 1:
+                        deviations = distributed.all_gather_object(max(row["ratio_max_dev"].item() for row in stats))
+                        check_ratio(max(deviations), args.clip_range)
+                    if ema is not None:
+                        ema.update()
+
+        # What happened, on all processes together.
+        stats = [{name: float(value) for name, value in row.items()} for row in stats]
+        stats = [row for rows in distributed.all_gather_object(stats) for row in rows]
+        metrics = group_statistics(group_rewards)
+        metrics["advantage/abs_mean"] = advantages.abs().mean().item()
+        for name in ("loss", "ratio_mean", "approx_kl", "clip_frac", *(["kl"] if args.kl_weight else [])):
+            metrics[f"policy/{name}"] = sum(row[name] * row["share"] for row in stats) / (N * ranks.world_size)
+        metrics["policy/ratio_max_dev"] = max(row["ratio_max_dev"] for row in stats if row["update"] == 0)  # before any update: 0
+        metrics["policy/grad_norm"] = sum(norms) / len(norms)
+        metrics["policy/lr"] = engine.get_lr()[0]
+        metrics |= {f"time/{name}_s": seconds for name, seconds in timer.seconds.items()}
+        metrics["throughput/samples_per_s"] = P * G / timer.seconds["iteration"]
+        metrics["memory/peak_gib"] = max(distributed.all_gather_object(tracking.peak_memory_gib()))
+        metrics["samples"] = iteration * P * G
+        tracker.log(iteration, metrics)
+        shown = {name: f"{metrics[f'reward/{name}_mean']:.3f}" for name in rewards}
+        shown |= {"|ratio-1|": f"{metrics['policy/ratio_max_dev']:.0e}", "samples/s": f"{metrics['throughput/samples_per_s']:.1f}"}
+        progress.set_postfix(shown)
+        last = iteration == args.iterations
+        if args.sample_every and (iteration % args.sample_every == 0 or last):
+            with ema.applied() if ema else nullcontext():
+                media = sample_media(engine, unet, vae, cache, schedule, args, ranks)
+            if ranks.is_main:
+                captions = [cache.rows[i % cache.num_prompts]["prompt"] for i in range(8)]
+                path = save_samples(args.output_dir / "samples" / f"iteration_{iteration:06d}.png", media, captions)
+                tracker.log_picture(iteration, "samples", path)
+        if iteration % args.checkpoint_every == 0 or last:
+            checkpoint.save(engine, ema, args.output_dir, iteration, args.keep_checkpoints, ranks)
+
+    with ema.applied() if ema else nullcontext():
+        checkpoint.export(engine, args.output_dir / "export", "unet")
+    tracker.close()
+    if ranks.is_main:
+        curve = tracking.plot_rewards(args.output_dir, args.output_dir / "rewards.png")
+        print(f"trained weights: {args.output_dir / 'export'}; metrics: {args.output_dir / 'metrics.jsonl'}; reward curve: {curve}")
+
+
+# Copied from train_grpo_flux.py with transformer->unet
+@torch.no_grad()
+def sample_media(engine, unet, vae, cache, schedule, args, ranks) -> torch.Tensor:
+    """ODE samples of the cache's first 8 prompts, always from the same noise, (8, 3, ...) in [-1, 1]; shared out over the processes."""
+    share = math.ceil(8 / ranks.world_size)
+    places = [min(ranks.rank * share + i, 7) for i in range(share)]
+    cond = load_cond(cache, [place % cache.num_prompts for place in places], unet, vae, args)
+    shape = latent_shape(unet, vae, args)
+    z_1 = torch.stack([torch.randn(shape, generator=keyed_generator(args.seed, "pictures", place)) for place in places])
+    nothing_trained = torch.empty(share, 0, dtype=torch.long, device=ranks.device)
+    _, x0_hat = rollout(engine, cond, z_1.to(ranks.device), schedule, [0.0] * args.sampling_steps, [], nothing_trained)
+    return distributed.all_gather_rows(decode(vae, x0_hat, args))[:8]
+
+
+if __name__ == "__main__":
+    distributed.run(main)
