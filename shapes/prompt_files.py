@@ -1,9 +1,13 @@
-"""The captions that RL trains and tests on: `python shapes/prompt_files.py` writes `shapes/prompts/train.txt` and `heldout.txt`.
+"""The captions that RL trains and tests on: `python shapes/prompt_files.py` writes them to `shapes/prompts/`.
 
-They are a small part of the world: 4 colours, single objects and "a A and a B". Held out are four of the twelve single objects, among
-them every colour, and twelve of the pairs of objects; of a held-out pair neither order is trained on, and no file has both orders.
+Of pictures (train.txt, heldout.txt): a small part of the world, 4 colours, single objects and "a A and a B". Held out are four of the
+twelve single objects, among them every colour, and twelve of the pairs of objects; of a held-out pair neither order is trained on, and
+no file has both orders.
+Of clips (video_train.txt, video_heldout.txt): all that `VIDEO_SPECS` says, a third of it held out. The same captions with the image
+that the clip begins with: i2v_train.jsonl, two images a caption, and i2v_heldout.jsonl, one.
 """
 
+import json
 import sys
 from itertools import combinations, permutations, product
 from pathlib import Path
@@ -11,7 +15,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it runs as a script, from any folder
 
 import numpy as np
+import torch
 
+from fastvideo.media import to_pil
+from shapes import video
+from shapes.video import FRAMES, MOTIONS, VIDEO_SPECS, VideoSpec, render_clips, tracks
 from shapes.world import RL_COLOURS, SHAPES, Spec, caption
 
 RL_THINGS = tuple(product(RL_COLOURS, SHAPES))
@@ -32,11 +40,37 @@ def split(seed: int = 0) -> tuple[list[Spec], list[Spec]]:
     return singles + pairs[HELDOUT_PAIRS : HELDOUT_PAIRS + TRAIN_PAIRS], heldout_singles + pairs[:HELDOUT_PAIRS]
 
 
+def split_video(seed: int = 0) -> tuple[list[VideoSpec], list[VideoSpec]]:
+    """48 specs for training and 24 held-out ones, which have each object twice and each motion four times."""
+    rng = np.random.default_rng(seed)
+    things = [RL_THINGS[i] for i in rng.permutation(len(RL_THINGS))] * 2
+    heldout = [VideoSpec(*thing, MOTIONS[i]) for turn, i in enumerate(rng.permutation(len(MOTIONS))) for thing in things[4 * turn :][:4]]
+    return [spec for spec in VIDEO_SPECS if spec not in heldout], [spec for spec in VIDEO_SPECS if spec in heldout]
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("".join(line + "\n" for line in lines))
+
+
+def write_image_prompts(folder: Path, name: str, specs: list[VideoSpec], images_each: int, rng: np.random.Generator) -> None:
+    """Write FOLDER/NAME.jsonl, prompts with images, and these to FOLDER/images: first frames of clips, with room to move as asked."""
+    specs = [spec for spec in specs for _ in range(images_each)]
+    first_frames = render_clips(specs, tracks(specs, FRAMES, rng), rng)[:, :, 0]
+    rows = []
+    for i, (spec, image) in enumerate(zip(specs, to_pil(torch.from_numpy(first_frames) * 2 - 1))):
+        rows.append({"prompt": video.caption(spec), "image": f"images/{name}_{i:02d}.png"})
+        image.save(folder / rows[-1]["image"])
+    write_lines(folder / f"{name}.jsonl", [json.dumps(row) for row in rows])
+
+
 def main() -> None:
     folder = Path(__file__).resolve().parent / "prompts"
-    folder.mkdir(exist_ok=True)
-    for name, specs in zip(("train", "heldout"), split()):
-        (folder / f"{name}.txt").write_text("".join(caption(spec) + "\n" for spec in specs))
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for name, specs, video_specs, images_each in zip(("train", "heldout"), split(), split_video(), (2, 1)):
+        write_lines(folder / f"{name}.txt", [caption(spec) for spec in specs])
+        write_lines(folder / f"video_{name}.txt", [video.caption(spec) for spec in video_specs])
+        write_image_prompts(folder, f"i2v_{name}", video_specs, images_each, rng)
 
 
 if __name__ == "__main__":
