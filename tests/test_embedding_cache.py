@@ -411,13 +411,26 @@ def test_text_file(tmp_path):
 
 
 def test_jsonl_file(tmp_path):
-    lines = ['{"prompt": "a", "image": "1.png"}', "", '{"prompt": " a ", "image": "2.png"}', '{"prompt": "", "image": "1.png"}']
-    (tmp_path / "p.jsonl").write_text("\n".join([*lines, lines[0]]))
+    lines = ['{"prompt": "a", "n": 1}', "", '{"prompt": " a ", "n": 2}', '{"prompt": "b", "n": 3}', '{"prompt": "", "n": 4}']
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
     rows, report = read_prompts(tmp_path / "p.jsonl")
-    assert (rows, report) == ([{"prompt": "a", "image": "1.png"}], {"lines": [1], "empty": [2, 4], "duplicates": [3, 5]})
-    rows, report = read_prompts(tmp_path / "p.jsonl", identity=("prompt", "image"))
-    assert rows == [{"prompt": "a", "image": "1.png"}, {"prompt": "a", "image": "2.png"}]
-    assert report == {"lines": [1, 3], "empty": [2, 4], "duplicates": [5]}
+    assert rows == [{"prompt": "a", "n": 1}, {"prompt": "b", "n": 3}]
+    assert report == {"lines": [1, 4], "empty": [2, 5], "duplicates": [3]}
+
+
+def test_rows_with_images_are_pairs_with_absolute_paths(tmp_path, monkeypatch):
+    (tmp_path / "data" / "images").mkdir(parents=True)
+    first, second = (tmp_path / "data" / "images" / name for name in ("1.png", "2.png"))
+    first.touch()
+    second.touch()
+    rows = [("a", "images/1.png"), ("a", "images/2.png"), (" a ", "images/../images/1.png"), ("b", "images/1.png"), ("a", str(second))]
+    lines = [json.dumps({"prompt": prompt, "image": image}) for prompt, image in rows]
+    (tmp_path / "data" / "p.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    rows, report = read_prompts("data/p.jsonl", identity=("prompt", "image"))
+    assert [(row["prompt"], row["image"]) for row in rows] == [("a", str(first)), ("a", str(second)), ("b", str(first))]
+    assert report == {"lines": [1, 2, 4], "empty": [], "duplicates": [3, 5]}
+    assert [row["prompt"] for row in read_prompts("data/p.jsonl")[0]] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -432,6 +445,13 @@ def test_jsonl_file(tmp_path):
         ("p.jsonl", b'{"prompt": 3}\n', 'line 1 of .* must be an object with a string as "prompt", not {"prompt": 3}'),
         ("p.jsonl", b'{"text": "a"}\n', 'line 1 of .* must be an object with a string as "prompt"'),
         ("p.jsonl", b'\n["a"]\n', 'line 2 of .* must be an object with a string as "prompt"'),
+        ("p.jsonl", b'{"prompt": "a"}\n{"prompt": "b", "image": 3}\n', 'line 2 of .*p.jsonl must have a string as "image", not 3'),
+        (
+            "p.jsonl",
+            b'{"prompt": "a", "image": "no.png"}\n',
+            r"line 1 of .*p.jsonl names the image 'no.png', but there is no file /.*/no.png",
+        ),
+        ("p.jsonl", b'{"prompt": "a", "image": ""}\n', "line 1 of .*p.jsonl names the image '', but there is no file"),
     ],
 )
 def test_bad_prompt_files(tmp_path, name, content, message):
