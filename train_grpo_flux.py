@@ -150,12 +150,9 @@ class Args:
         if self.kept_generations % self.updates_per_iteration:
             kept = f"--best_of_n {self.best_of_n}" if self.best_of_n else f"--num_generations {self.num_generations}"
             raise UserError(f"--updates_per_iteration {self.updates_per_iteration} does not divide {kept}")
-        start, count = self.sde_window or (0, self.sampling_steps - 1)
-        if start < 0 or count < 1 or start + count > self.sampling_steps - 1:
-            raise UserError(
-                f"--sde_window {start} {count} must lie within the first {self.sampling_steps - 1} of --sampling_steps "
-                f"{self.sampling_steps}: the last transition is never stochastic"
-            )
+        (start, count), most = self.sde_window or (0, self.sampling_steps - 1), self.sampling_steps - 1  # the last is never stochastic
+        if start < 0 or count < 1 or start + count > most:
+            raise UserError(f"--sde_window {start} {count} must lie within the first {most} of --sampling_steps {self.sampling_steps}")
         schedule = time_schedule(self.sampling_steps, self.shift).tolist()
         worst = max(self.noise_level**2 * (schedule[i] - schedule[i + 1]) / (2 * schedule[i] ** 2) for i in self.stochastic_steps)
         if worst > 0.5:  # the SDE's drift overshoots in one step: Euler-Maruyama is unstable
