@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
 from safetensors import SafetensorError
 
-from fastvideo.distributed import UserError
+from fastvideo.distributed import UserError, compute_dtype
 
 
 def first_line(error: Exception) -> str:
@@ -42,13 +42,12 @@ def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, flag: 
 def load_pipeline(folder: str | Path, dtype: str, device: torch.device, flag: str = "--model") -> DiffusionPipeline:
     """The pipeline of whatever class the folder's model_index.json names, on `device`, without progress bar.
 
-    dtype: float32, bfloat16, or auto: bfloat16 on GPUs, float32 on CPUs. Raises UserError if the folder cannot be loaded.
+    dtype: as `compute_dtype` takes it. Raises UserError if the folder cannot be loaded.
     """
-    dtype = dtype if dtype != "auto" else "bfloat16" if device.type == "cuda" else "float32"
     if not (Path(folder) / "model_index.json").is_file():
         raise UserError(f"{flag} {folder} is no diffusers folder: it has no model_index.json")
     try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=getattr(torch, dtype), local_files_only=True)
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=compute_dtype(dtype, device), local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{flag} {folder} cannot be loaded: {first_line(error)}") from error
     pipeline.set_progress_bar_config(disable=True)

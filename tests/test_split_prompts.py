@@ -26,7 +26,7 @@ VIDPROM_COLUMNS = ["uuid", "prompt", "time", "toxicity", "obscene", "identity_at
 def split(tmp_path, monkeypatch):
     """Function that runs the script's main in this process; gives the rows of the two files, and the report."""
 
-    def run(*inputs: Path, identity: tuple[str, ...] = ("prompt",), **flags: object) -> tuple[list[dict], list[dict], dict]:
+    def run(*inputs: Path, pairs: bool = False, **flags: object) -> tuple[list[dict], list[dict], dict]:
         output_dir = tmp_path / "split"
         flags = {"output_dir": output_dir, "heldout": 10, "overwrite": True} | flags
         words = ["--inputs", *map(str, inputs)]
@@ -38,6 +38,7 @@ def split(tmp_path, monkeypatch):
         report = json.loads((output_dir / "report.json").read_text())
         assert {path.name for path in output_dir.iterdir()} == {*report["written"], "report.json"}
         assert report["read"] == report["kept"] + sum(entry["count"] for entry in report["dropped"].values())
+        identity = ("prompt", "image") if pairs else ("prompt",)
         rows = {Path(name).stem: read_prompts(output_dir / name, identity)[0] for name in report["written"]}
         assert {Path(name).stem: count for name, count in report["written"].items()} == {name: len(part) for name, part in rows.items()}
         return rows["train"], rows.get("heldout", []), report
@@ -182,22 +183,18 @@ def test_order_depends_on_seed_and_prompts_only(split, write, tmp_path):
 
 def test_jsonl_keeps_fields_and_pairs(split, write, tmp_path):
     """The same prompt with another picture is another row, on the same side; a relative path still leads to the picture."""
-    (tmp_path / "images").mkdir()
     rows = [{"prompt": prompt, "image": f"images/{i}_{k}.png", "source": i} for i, prompt in enumerate(PROMPTS) for k in range(2)]
-    rows.append({"prompt": PROMPTS[0].upper(), "image": "images/0_1.png"})
-    rows[1]["image"] = str(tmp_path / "images" / "0_1.png")  # absolute paths stay
-    rows[-1]["image"] = rows[1]["image"]
-    path = write("prompts.jsonl", rows)
-    pairs = ("prompt", "image")
-    _, _, report = split(path, identity=pairs)
+    (tmp_path / "images").mkdir()
+    for row in rows:
+        (tmp_path / row["image"]).touch()
+    rows[1]["image"] = str(tmp_path / rows[1]["image"])  # an absolute path
+    train, heldout, report = split(write("prompts.jsonl", [*rows, rows[1] | {"prompt": PROMPTS[0].upper()}]), pairs=True)
     assert counts(report) == {"duplicate": 1}
-    output_dir = tmp_path / "split"
-    lines = {part: read_prompts(output_dir / f"{part}.jsonl", pairs)[0] for part in ("train", "heldout")}
-    assert {part: len(found) for part, found in lines.items()} == {"train": 40, "heldout": 20}
-    assert not {row["prompt"] for row in lines["train"]} & {row["prompt"] for row in lines["heldout"]}
-    found = [row for part in lines.values() for row in part]
-    expected = {(row["prompt"], tmp_path / row["image"], row["source"]) for row in rows[:-1]}
-    assert {(row["prompt"], (output_dir / row["image"]).resolve(), row["source"]) for row in found} == expected
+    assert report["written"] == {"train.jsonl": 40, "heldout.jsonl": 20}
+    assert not set(texts(train)) & set(texts(heldout))
+    found = {(row["prompt"], row["image"], row["source"]) for row in train + heldout}
+    assert found == {(row["prompt"], str(tmp_path / row["image"]), row["source"]) for row in rows}
+    assert '"image": "../images/' in (tmp_path / "split" / "train.jsonl").read_text()
 
 
 # ------------------------------------------------------------------------------------------------------------------- mistakes
