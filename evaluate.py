@@ -15,19 +15,63 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from diffusers import DiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    HunyuanSkyreelsImageToVideoPipeline,
+)
 from tqdm import tqdm
 
 from fastvideo import distributed
 from fastvideo.distributed import Ranks, UserError, keyed_generator
+from fastvideo.encoders import read_image
 from fastvideo.files import whole_file
-from fastvideo.media import save_grid, to_pil
+from fastvideo.flags import check_numbers
+from fastvideo.media import film_strip, save_grid, save_video, to_pil
 from fastvideo.pretrained import load_pipeline, load_pretrained
 from fastvideo.prompts import read_prompts
 from fastvideo.rewards import Reward, load_rewards, parse_rewards, score
 from fastvideo.tracking import plot_rewards
 
-SAMPLING = ("sampling_steps", "shift", "embedded_guidance", "height", "width", "max_sequence_length")
+# What each pipeline calls the sampling settings that a run's manifest has, and what they are without a run (None: what the folder says).
+ARGUMENTS = {
+    "StableDiffusionPipeline": {
+        "sampling_steps": ("num_inference_steps", 50),
+        "guidance_scale": ("guidance_scale", 5.0),
+        "height": ("height", None),
+        "width": ("width", None),
+    },
+    "FluxPipeline": {
+        "sampling_steps": ("num_inference_steps", 25),
+        "shift": (None, 3.0),
+        "embedded_guidance": ("guidance_scale", 3.5),
+        "height": ("height", None),
+        "width": ("width", None),
+        "max_sequence_length": ("max_sequence_length", 512),
+    },
+    "HunyuanVideoPipeline": {
+        "sampling_steps": ("num_inference_steps", 25),
+        "shift": (None, 5.0),
+        "embedded_guidance": ("guidance_scale", 6.018),
+        "height": ("height", 480),
+        "width": ("width", 480),
+        "num_frames": ("num_frames", 53),
+        "max_sequence_length": ("max_sequence_length", 256),
+    },
+    "HunyuanSkyreelsImageToVideoPipeline": {
+        "sampling_steps": ("num_inference_steps", 25),
+        "shift": (None, 7.0),
+        "guidance_scale": ("true_cfg_scale", 5.0),
+        "embedded_guidance": ("guidance_scale", 1.0),
+        "height": ("height", 400),
+        "width": ("width", 640),
+        "num_frames": ("num_frames", 53),
+        "max_sequence_length": ("max_sequence_length", 256),
+    },
+}
+SAMPLING = tuple(dict.fromkeys(name for settings in ARGUMENTS.values() for name in settings))
 
 
 @dataclass
@@ -51,52 +95,55 @@ class Args:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the networks compute in (auto: bfloat16 on GPUs, float32 on CPUs)."""
     sampling_steps: int | None = None
-    """Steps from noise to picture (default: the run's, else 25)."""
+    """Steps from noise to picture (default of this and what follows: the run's, else what its training script has)."""
     shift: float | None = None
-    """Time shift of the schedule (default: the run's, else 3)."""
+    """Time shift of a rectified flow's schedule."""
+    guidance_scale: float | None = None
+    """Classifier-free guidance, 1 for none (Stable Diffusion, SkyReels)."""
     embedded_guidance: float | None = None
-    """Guidance given to guidance-distilled models (default: the run's, else 3.5)."""
+    """Guidance given to guidance-distilled models as an input (FLUX, HunyuanVideo, SkyReels)."""
     height: int | None = None
-    """Picture height in pixels (default: the run's, else what the model's VAE was trained on)."""
+    """Height in pixels."""
     width: int | None = None
-    """Picture width in pixels (default: likewise)."""
+    """Width in pixels."""
+    num_frames: int | None = None
+    """Frames of a clip; 1 for pictures of a video model."""
     max_sequence_length: int | None = None
-    """Tokens of the text encoder (default: the run's, else what the model's tokenizer allows, at most 512)."""
+    """Tokens of the text encoder."""
 
     def __post_init__(self) -> None:
         parse_rewards(self.rewards)
-        for flag in ("num_seeds", "images_per_prompt", "batch_size", *SAMPLING):
-            if (value := getattr(self, flag)) is not None and not value > 0:
-                raise UserError(f"--{flag} is {value}, but must be above 0")
+        check_numbers(vars(self), {"above 0": f"num_seeds images_per_prompt batch_size {' '.join(SAMPLING)}"})
 
 
 def main() -> None:
     args = tyro.cli(Args, use_underscores=True, console_outputs=distributed.launch_rank() == 0, description=__doc__.splitlines()[0])
     ranks = distributed.init()
-    rows, _ = read_prompts(args.prompts)
     rewards = load_rewards(parse_rewards(args.rewards), ranks.device)
     pipeline = load_pipeline(args.model, args.dtype, ranks.device)
     sampling = sampling_settings(args, pipeline)
-    # A shift of our own in place of the folder's, which for FLUX.1-dev depends on the resolution.
-    pipeline.scheduler = type(pipeline.scheduler).from_config(
-        pipeline.scheduler.config, shift=sampling["shift"], use_dynamic_shifting=False
-    )
+    from_images = isinstance(pipeline, HunyuanSkyreelsImageToVideoPipeline)
+    rows, _ = read_prompts(args.prompts, ("prompt", "image") if from_images else ("prompt",))
+    if from_images and "image" not in rows[0]:
+        raise UserError(f'--prompts {args.prompts} must be a .jsonl file of objects with a "prompt" and an "image" for {args.model}')
+    use_trained_sampler(pipeline, sampling)
+    network = "unet" if "unet" in pipeline.components else "transformer"
 
     results: dict[str, Any] = {
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()},
         "sampling": sampling,
     }
     results |= {"prompts": len(rows), "images": len(rows) * args.images_per_prompt * args.num_seeds}
-    pictures, labels = [], []
+    media, labels = [], []
     for name in ("base", "trained") if args.checkpoint else ("base",):
         if name == "trained":
-            model_class, dtype = type(pipeline.transformer), pipeline.transformer.dtype
-            pipeline.transformer = None  # two of them may not fit on one GPU
-            pipeline.transformer = load_pretrained(model_class, args.checkpoint, "transformer", "--checkpoint", torch_dtype=dtype)
+            model_class, dtype = type(getattr(pipeline, network)), getattr(pipeline, network).dtype
+            setattr(pipeline, network, None)  # two of them may not fit on one GPU
+            setattr(pipeline, network, load_pretrained(model_class, args.checkpoint, network, "--checkpoint", torch_dtype=dtype))
             pipeline.to(ranks.device)
         scores, shown = evaluate(name, pipeline, sampling, rows, rewards, args, ranks)
         results[name] = {reward: summary(values) for reward, values in scores.items()}
-        pictures.append(shown)
+        media.append(shown)
         captions = [rows[i % len(rows)]["prompt"] for i in range(len(shown))]
         first = [" ".join(f"{scores[reward][0][i * args.images_per_prompt]:.2f}" for reward in rewards) for i in range(len(shown))]
         labels.append([f"{name} {numbers} {caption}" for caption, numbers in zip(captions, first)])
@@ -105,7 +152,7 @@ def main() -> None:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         with whole_file(args.output_dir / "results.json") as path:
             path.write_text(json.dumps(results, indent=2))
-        save_grid(args.output_dir / "samples.png", pictures, labels)
+        save_comparison(args.output_dir / "samples.png", media, labels)
         print_table(results)
         run = args.checkpoint.parent if args.checkpoint else None
         if run and (run / "metrics.jsonl").exists():
@@ -113,48 +160,89 @@ def main() -> None:
         print(f"written to {args.output_dir}")
 
 
+def save_comparison(path: Path, media: list[torch.Tensor], labels: list[list[str]]) -> None:
+    """A grid of the models' media, a row each; of clips, which are wide, a column each, and an mp4 of each beside it."""
+    if media[0].ndim == 4:
+        return save_grid(path, [to_pil(samples) for samples in media], labels)
+    save_grid(path, list(zip(*map(film_strip, media), strict=True)), list(zip(*labels, strict=True)))
+    for clips, name in zip(media, ("base", "trained")):
+        for i, clip in enumerate(clips):
+            save_video(path.parent / "samples" / f"{name}_{i}.mp4", clip, fps=8)
+
+
 def sampling_settings(args: Args, pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Flags first, then the run's manifest, then defaults of the model."""
-    resolution = pipeline.vae.config.sample_size
-    tokens = min(512, pipeline.tokenizer_2.model_max_length)
-    settings = dict(zip(SAMPLING, (25, 3.0, 3.5, resolution, resolution, tokens), strict=True))
+    """Flags first, then the run's manifest, then defaults of the pipeline. Raises UserError for a flag that the pipeline does not have."""
+    known = ARGUMENTS.get(type(pipeline).__name__)
+    if known is None:
+        raise UserError(f"--model {args.model} is a {type(pipeline).__name__}, but these can be evaluated: {', '.join(ARGUMENTS)}")
+    settings = {name: default for name, (_, default) in known.items()}
+    for size in ("height", "width"):
+        settings[size] = settings[size] or pipeline.vae.config.sample_size
+    if "max_sequence_length" in settings:
+        tokenizer = pipeline.tokenizer_2 if isinstance(pipeline, FluxPipeline) else pipeline.tokenizer
+        settings["max_sequence_length"] = min(settings["max_sequence_length"], tokenizer.model_max_length)
     if args.checkpoint:
         manifest = args.checkpoint.parent / "manifest.json"
         if not manifest.is_file():
             raise UserError(f"--checkpoint {args.checkpoint} must be the export folder inside a run folder: there is no {manifest}")
         settings |= json.loads(manifest.read_text())["sampling"]
-    return settings | {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    for name in given.keys() - known.keys():
+        raise UserError(f"--{name} is not a setting of {type(pipeline).__name__}, which has {', '.join(known)}")
+    return settings | given
+
+
+def use_trained_sampler(pipeline: DiffusionPipeline, sampling: dict[str, Any]) -> None:
+    """Replace the folder's scheduler by training's at noise level 0: Euler with the run's shift, or DDIM.
+
+    FLUX.1-dev's own, for one, has a shift that depends on the resolution.
+    """
+    config = pipeline.scheduler.config
+    if "shift" in sampling:
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=sampling["shift"], use_dynamic_shifting=False)
+    else:
+        pipeline.scheduler = DDIMScheduler.from_config(config, clip_sample=False)
+
+
+def pipeline_arguments(pipeline: DiffusionPipeline, sampling: dict[str, Any], rows: list[dict]) -> dict[str, Any]:
+    """What the pipeline is called with for `rows`, generators apart."""
+    known = ARGUMENTS[type(pipeline).__name__]
+    arguments = {known[name][0]: value for name, value in sampling.items() if known[name][0]}
+    if "guidance_scale" in sampling:
+        arguments["negative_prompt"] = [""] * len(rows)
+    if isinstance(pipeline, HunyuanSkyreelsImageToVideoPipeline):
+        arguments["image"] = [read_image(row["image"]) for row in rows]
+    return arguments | {"prompt": [row["prompt"] for row in rows], "output_type": "pt"}
+
+
+def media_of(output: Any, sampling: dict[str, Any]) -> torch.Tensor:
+    """A pipeline's output as (B, 3, H, W), or as clips (B, 3, F, H, W), float32 in [-1, 1]."""
+    media = (output.images if hasattr(output, "images") else output.frames.transpose(1, 2)).float() * 2 - 1
+    return media.squeeze(2) if sampling.get("num_frames") == 1 else media
 
 
 @torch.no_grad()
 def evaluate(
     name: str, pipeline: DiffusionPipeline, sampling: dict, rows: list[dict], rewards: dict[str, Reward], args: Args, ranks: Ranks
-) -> tuple[dict[str, list[list[float]]], list]:
-    """Collective. Scores of each reward, a list for each noise seed in order of prompt and picture; and pictures of the first prompts."""
+) -> tuple[dict[str, list[list[float]]], torch.Tensor]:
+    """Collective. Scores of each reward, a list for each noise seed in order of prompt and picture; and media of the first 8 prompts."""
     jobs = [(seed, prompt, k) for seed in range(args.num_seeds) for prompt in range(len(rows)) for k in range(args.images_per_prompt)]
     mine, done, shown = jobs[ranks.rank :: ranks.world_size], {}, {}
     for start in tqdm(range(0, len(mine), args.batch_size), f"evaluating {name}", disable=not ranks.is_main):
         batch = mine[start : start + args.batch_size]
-        images = pipeline(
-            prompt=[rows[prompt]["prompt"] for _, prompt, _ in batch],
-            height=sampling["height"],
-            width=sampling["width"],
-            num_inference_steps=sampling["sampling_steps"],
-            guidance_scale=sampling["embedded_guidance"],
-            max_sequence_length=sampling["max_sequence_length"],
-            generator=[keyed_generator(seed, "evaluation", prompt, k) for seed, prompt, k in batch],
-            output_type="pt",
-        ).images.float() * 2 - 1  # fmt: skip
-        scores = score(rewards, images, [rows[prompt] for _, prompt, _ in batch])
+        generators = [keyed_generator(seed, "evaluation", prompt, k) for seed, prompt, k in batch]
+        batch_rows = [rows[prompt] for _, prompt, _ in batch]
+        media = media_of(pipeline(**pipeline_arguments(pipeline, sampling, batch_rows), generator=generators), sampling)
+        scores = score(rewards, media, batch_rows)
         for i, job in enumerate(batch):
             done[job] = {reward: values[i].item() for reward, values in scores.items()}
             if job[0] == 0 and job[1] < 8 and job[2] == 0:
-                shown[job] = to_pil(images[i : i + 1])[0]
+                shown[job] = media[i].cpu()
     done = {job: values for part in distributed.all_gather_object(done) for job, values in part.items()}
-    shown = {job: image for part in distributed.all_gather_object(shown) for job, image in part.items()}
+    shown = {job: one for part in distributed.all_gather_object(shown) for job, one in part.items()}
     per_seed = len(jobs) // args.num_seeds
     scores = {reward: [[done[job][reward] for job in jobs[i : i + per_seed]] for i in range(0, len(jobs), per_seed)] for reward in rewards}
-    return scores, [shown[job] for job in sorted(shown)]
+    return scores, torch.stack([shown[job] for job in sorted(shown)])
 
 
 def summary(values: list[list[float]]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from fastvideo.pretrained import add_lora, initial_weights, load_pretrained
 from fastvideo.prompts import draw_prompts
 from fastvideo.rewards import group_statistics, load_rewards, parse_rewards, score
 
+FAMILY = "hunyuan"  # of the embedding caches that fit
 # What evaluate.py takes over from a run.
 SAMPLING = ("sampling_steps", "shift", "embedded_guidance", "height", "width", "num_frames", "max_sequence_length")
 
@@ -441,7 +442,7 @@ def main() -> None:
     resume_from = distributed.on_main(lambda: checkpoint.to_resume(args.output_dir, args.resume, arguments))
 
     # Data, rewards, models, engine.
-    cache = EmbeddingCache(args.embeddings, ranks=ranks)
+    cache = EmbeddingCache(args.embeddings, {"family": FAMILY}, ranks)
     check_encoder(cache, args.model)
     rewards = load_rewards(parse_rewards(args.rewards), device)
     weights = dict(zip(rewards, args.reward_weights, strict=True))

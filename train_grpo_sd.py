@@ -32,6 +32,7 @@ from fastvideo.pretrained import add_lora, first_line, initial_weights, load_pre
 from fastvideo.prompts import draw_prompts
 from fastvideo.rewards import group_statistics, load_rewards, parse_rewards, score
 
+FAMILY = "sd"  # of the embedding caches that fit
 # What evaluate.py takes over from a run.
 SAMPLING = ("sampling_steps", "guidance_scale", "height", "width")
 
@@ -134,8 +135,9 @@ class Args:
         self.reward_weights = self.reward_weights or (1.0,) * len(self.rewards)
         rules = {
             "at least 2": "num_generations sampling_steps",
-            "above 0": "iterations prompts_per_iteration updates_per_iteration height width guidance_scale clip_range advantage_clip "
+            "above 0": "iterations prompts_per_iteration updates_per_iteration height width clip_range advantage_clip "
             "learning_rate rollout_batch_size micro_batch_size checkpoint_every keep_checkpoints",
+            "1 or more": "guidance_scale",
             "0 or more": "best_of_n kl_weight weight_decay max_grad_norm lr_warmup_steps lora_rank sample_every",
             "above 0 and at most 1": "timestep_fraction noise_level",
             "at least 0 and below 1": "ema_decay",
@@ -438,7 +440,7 @@ def main() -> None:
     resume_from = distributed.on_main(lambda: checkpoint.to_resume(args.output_dir, args.resume, arguments))
 
     # Data, rewards, models, engine.
-    cache = EmbeddingCache(args.embeddings, ranks=ranks)
+    cache = EmbeddingCache(args.embeddings, {"family": FAMILY}, ranks)
     check_encoder(cache, args.model)
     rewards = load_rewards(parse_rewards(args.rewards), device)
     weights = dict(zip(rewards, args.reward_weights, strict=True))

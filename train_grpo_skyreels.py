@@ -34,6 +34,7 @@ from fastvideo.pretrained import add_lora, initial_weights, load_pretrained
 from fastvideo.prompts import draw_prompts
 from fastvideo.rewards import group_statistics, load_rewards, parse_rewards, score
 
+FAMILY = "skyreels"  # of the embedding caches that fit
 # What evaluate.py takes over from a run.
 SAMPLING = ("sampling_steps", "shift", "guidance_scale", "embedded_guidance", "height", "width", "num_frames", "max_sequence_length")
 
@@ -147,7 +148,8 @@ class Args:
         rules = {
             "at least 2": "num_generations sampling_steps",
             "above 0": "iterations prompts_per_iteration updates_per_iteration height width shift noise_level clip_range advantage_clip "
-            "num_frames guidance_scale learning_rate rollout_batch_size micro_batch_size checkpoint_every keep_checkpoints",
+            "num_frames learning_rate rollout_batch_size micro_batch_size checkpoint_every keep_checkpoints",
+            "1 or more": "guidance_scale",
             "0 or more": "best_of_n kl_weight weight_decay max_grad_norm lr_warmup_steps lora_rank sample_every",
             "above 0 and at most 1": "timestep_fraction",
             "at least 0 and below 1": "ema_decay",
@@ -465,7 +467,7 @@ def main() -> None:
     resume_from = distributed.on_main(lambda: checkpoint.to_resume(args.output_dir, args.resume, arguments))
 
     # Data, rewards, models, engine.
-    cache = EmbeddingCache(args.embeddings, ranks=ranks)
+    cache = EmbeddingCache(args.embeddings, {"family": FAMILY}, ranks)
     check_encoder(cache, args.model)
     rewards = load_rewards(parse_rewards(args.rewards), device)
     weights = dict(zip(rewards, args.reward_weights, strict=True))

@@ -9,6 +9,7 @@ from fastvideo.distributed import UserError
 BOUNDS = {
     "at least 2": lambda value: value >= 2,
     "above 0": lambda value: value > 0,
+    "1 or more": lambda value: value >= 1,
     "0 or more": lambda value: value >= 0,
     "above 0 and at most 1": lambda value: 0 < value <= 1,
     "at least 0 and below 1": lambda value: 0 <= value < 1,

@@ -1,0 +1,192 @@
+"""Stable Diffusion, HunyuanVideo, SkyReels: each from prompts to an evaluated export, a ratio of 1, and noise 0 as in its pipeline.
+
+A new model is a line of FAMILIES. (FLUX has these tests in test_train_flux.py, with those of what all scripts share.)
+"""
+
+import importlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import EVALUATE, REPOSITORY, SMALL_RUN, largest_difference, metrics_of, run_script, weights_of
+from diffusers import DiffusionPipeline
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from evaluate import media_of, pipeline_arguments, use_trained_sampler
+from fastvideo.distributed import keyed_generator
+from fastvideo.embedding_cache import EmbeddingCache
+
+PROMPTS = REPOSITORY / "shapes" / "prompts"
+
+
+@dataclass(frozen=True)
+class Family:
+    """prompts: a file in shapes/prompts. rewards: of a small run. flags: of training. embed: further flags of preprocessing."""
+
+    name: str
+    prompts: str
+    rewards: tuple[str, ...]
+    flags: dict = field(default_factory=dict)
+    embed: dict = field(default_factory=dict)
+    network: str = "transformer"
+
+    @property
+    def model(self) -> Path:
+        return REPOSITORY / "shapes" / "models" / self.name
+
+    @property
+    def script(self) -> Path:
+        return REPOSITORY / f"train_grpo_{self.name}.py"
+
+
+FAMILIES = {
+    "sd": Family("sd", "train.txt", ("aesthetic",), {"--guidance_scale": 3, "--kl_weight": 0.01}, network="unet"),
+    "hunyuan": Family("hunyuan", "video_train.txt", ("motion", "visual"), {"--num_frames": 9, "--vae_tiling": ()}),
+    "hunyuan_t2i": Family("hunyuan", "train.txt", ("aesthetic", "shapes"), {"--num_frames": 1, "--gradient_checkpointing": ()}),
+    "skyreels": Family(
+        "skyreels",
+        "i2v_train.jsonl",
+        ("motion", "fidelity"),
+        {"--num_frames": 9, "--guidance_scale": 2, "--lora_rank": 4},
+        {"--height": 32, "--width": 32},
+    ),
+}
+pytestmark = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES, scope="module")
+
+
+@pytest.fixture(scope="module")
+def cache(family, tmp_path_factory) -> Path:
+    """Embeddings of eight of the family's prompts."""
+    folder = tmp_path_factory.mktemp("cache")
+    lines = (PROMPTS / family.prompts).read_text().splitlines()
+    rows = [json.loads(line) if line.startswith("{") else {"prompt": line} for line in lines[:: len(lines) // 8][:8]]
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row | ({"image": str(PROMPTS / row["image"])} if "image" in row else {})) + "\n" for row in rows))
+    flags = {"--model": family.model, "--prompts": prompts, "--output_dir": folder / "cache"} | family.embed
+    result = run_script(REPOSITORY / "preprocess" / f"embed_{family.name}.py", flags, log=folder / "log")
+    assert result.returncode == 0, result.stderr
+    return folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def policy(family, cache):
+    """The script as a module, and its models, prompts and arguments for sampling, without an engine around them."""
+    module = importlib.import_module(family.script.stem)
+    values = {name.removeprefix("--"): value for name, value in family.flags.items() if name in ("--num_frames", "--guidance_scale")}
+    values |= {"model": family.model, "embeddings": cache, "output_dir": cache, "rewards": family.rewards}
+    args = module.Args(**values, sampling_steps=6, height=32, width=32, noise_level=0.7)
+    transformer, vae = module.load_models(args, torch.float32, torch.device("cpu"))
+    schedule = module.time_schedule(args.sampling_steps, args.model if family.name == "sd" else args.shift)
+    return module, args, transformer, vae, EmbeddingCache(cache), schedule
+
+
+def initial_noise(module, transformer, vae, args, number: int) -> torch.Tensor:
+    shape = module.latent_shape(transformer, vae, args)
+    return torch.stack([torch.randn(shape, generator=keyed_generator(0, "z_1", i)) for i in range(number)])
+
+
+@pytest.mark.parametrize(("rollout_batch_size", "micro_batch_size"), [(1, 3), (3, 8), (8, 1), (8, 8)])
+def test_ratio_is_1_before_the_first_update(policy, family, rollout_batch_size, micro_batch_size):
+    """Rollout and update batches of any size give one log-prob, whatever steps of different samples meet in a batch."""
+    module, args, transformer, vae, cache, schedule = policy
+    cond = module.load_cond(cache, list(range(8)), transformer, vae, args)
+    z_1 = initial_noise(module, transformer, vae, args, 8)
+    noise = [keyed_generator(0, "noise", i) for i in range(8)]
+    trained_steps = module.select_timesteps([keyed_generator(0, "steps", i) for i in range(8)], 5, 0.6)
+    parts = []
+    for batch in torch.arange(8).split(rollout_batch_size):
+        batch_cond = {name: tensor[batch] for name, tensor in cond.items()}
+        levels, generators = [args.noise_level] * 5 + [0.0], [noise[i] for i in batch]
+        parts.append(module.rollout(transformer, batch_cond, z_1[batch], schedule, levels, generators, trained_steps[batch])[0])
+    trajectory = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    deviations = []
+    for sample, slot in zip(
+        torch.arange(8).repeat(3).split(micro_batch_size), torch.arange(3).repeat_interleave(8).split(micro_batch_size)
+    ):
+        transitions, pair_cond = module.pick(trajectory, cond, sample, slot, 1)
+        log_prob, _ = module.score_transitions(transformer, transitions, pair_cond, schedule, args.noise_level)
+        assert log_prob.requires_grad
+        deviations.append((log_prob - transitions["old_log_prob"]).exp().sub(1).abs().max().item())
+    assert max(deviations) < 1e-6
+
+
+def test_noise_0_is_diffusers_pipeline(policy, family, monkeypatch):
+    """The same latents and clips as the whole pipeline, text encoders and all, gives with evaluate.py's settings."""
+    module, args, transformer, vae, cache, schedule = policy
+    rows = cache.rows[:3]
+    z_1 = initial_noise(module, transformer, vae, args, 3)
+    cond = module.load_cond(cache, [0, 1, 2], transformer, vae, args)
+    nothing_trained = torch.empty(3, 0, dtype=torch.long)
+    _, latents = module.rollout(transformer, cond, z_1, schedule, [0.0] * args.sampling_steps, [], nothing_trained)
+    with torch.no_grad():
+        media = module.decode(vae, latents, args)
+
+    pipeline = DiffusionPipeline.from_pretrained(family.model, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    sampling = {name: (vars(args) | cache.fingerprint)[name] for name in module.SAMPLING}
+    use_trained_sampler(pipeline, sampling)
+    # SkyReels' pipeline draws the image's latents from the VAE's posterior; the cache has its mean.
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
+    arguments = pipeline_arguments(pipeline, sampling, rows) | {"latents": z_1}
+    expected = media_of(pipeline(**arguments), sampling)
+    final = pipeline(**arguments | {"output_type": "latent"})
+    torch.testing.assert_close(latents, getattr(final, "images", None) if "images" in final else final.frames, atol=1e-4, rtol=0)
+    assert media.shape == expected.shape
+    torch.testing.assert_close(media, expected, atol=1e-4, rtol=0)
+    assert media.std() > 0.05  # a picture, not a constant
+
+
+def test_what_stands_in_padded_text_changes_nothing(policy, family):
+    module, args, transformer, vae, cache, schedule = policy
+    cond = module.load_cond(cache, [0, 1], transformer, vae, args)
+    masks = [name for name in cond if name.endswith("attention_mask")]
+    if not masks:
+        pytest.skip("the text has no mask")
+    z_t, step = initial_noise(module, transformer, vae, args, 2), torch.tensor([1, 3])
+    spoilt = dict(cond)
+    for name in masks:
+        embeds, padded = name.replace("attention_mask", "embeds"), cond[name] == 0
+        assert padded.any() and not padded.all()
+        spoilt[embeds] = torch.where(padded[..., None], 100 * torch.randn_like(cond[embeds]), cond[embeds])
+        assert not torch.equal(spoilt[embeds], cond[embeds])
+    with torch.no_grad():
+        expected, found = (module.predict(transformer, z_t, schedule[step], c) for c in (cond, spoilt))
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def run(family, cache, tmp_path_factory) -> Path:
+    """A run of two iterations, the second one of which samples clips."""
+    folder = tmp_path_factory.mktemp("run")
+    flags = {"--model": family.model, "--embeddings": cache, "--output_dir": folder / "run"} | SMALL_RUN
+    flags |= {"--rewards": family.rewards, "--iterations": 2, "--updates_per_iteration": 1, "--sample_every": 2} | family.flags
+    result = run_script(family.script, flags, log=folder / "log")
+    assert result.returncode == 0, result.stderr
+    return folder / "run"
+
+
+def test_training_moves_the_weights(run, family):
+    rows = metrics_of(run)
+    assert [row["iteration"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["policy/ratio_max_dev"] < 2e-6
+        assert row["policy/grad_norm"] > 0
+        assert all(f"reward/{reward}_mean" in row for reward in family.rewards)
+    exported = weights_of(run / "export" / family.network)
+    assert largest_difference(exported, weights_of(family.model / family.network)) > 1e-5
+    assert (run / "samples" / "iteration_000002.png").is_file()
+    assert len(list((run / "samples").glob("*.mp4"))) == (8 if family.flags.get("--num_frames", 1) > 1 else 0)
+
+
+def test_the_export_is_evaluated_with_the_runs_settings(run, family, cache, tmp_path):
+    flags = {"--model": family.model, "--checkpoint": run / "export", "--prompts": cache.parent / "prompts.jsonl", "--num_seeds": 1}
+    flags |= {"--rewards": family.rewards, "--output_dir": tmp_path / "evaluation"}
+    result = run_script(EVALUATE, flags, log=tmp_path / "log")
+    assert result.returncode == 0, result.stderr
+    results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
+    assert results["sampling"] == json.loads((run / "manifest.json").read_text())["sampling"]
+    assert results["base"].keys() == results["trained"].keys() == set(family.rewards)
+    assert any(results["base"][name] != results["trained"][name] for name in family.rewards)
+    assert (tmp_path / "evaluation" / "samples.png").is_file()
