@@ -2,15 +2,21 @@
 
 import ast
 import re
+import runpy
+import shlex
 import shutil
+from pathlib import Path
 
 import pytest
-from conftest import REPOSITORY
+import tyro
+from conftest import EVALUATE, REPOSITORY
 
+import evaluate
 from scripts.sync_copies import MARKER, stale_copies
 
 TRAINING_SCRIPTS = sorted(REPOSITORY.glob("train_grpo_*.py"))
-SCRIPTS = [*TRAINING_SCRIPTS, REPOSITORY / "evaluate.py", *sorted((REPOSITORY / "preprocess").glob("*.py"))]
+SCRIPTS = [*TRAINING_SCRIPTS, EVALUATE, *sorted((REPOSITORY / "preprocess").glob("*.py"))]
+LAUNCHERS = [*sorted((REPOSITORY / "scripts").glob("train_*.sh")), *sorted((REPOSITORY / "scripts").glob("preprocess_*.sh"))]
 SECTIONS = ["1. Arguments", "2. Sampler", "3. Model", "4. Rollout", "5. Advantages", "6. Loss", "7. Main"]
 FUNCTIONS = {
     "2. Sampler": ["time_schedule", "sde_step"],
@@ -117,18 +123,32 @@ def test_every_flag_is_used(script):
         for node in ast.walk(tree)
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("args", "self")
     }
-    for node in tree.body:  # evaluate.py goes over these names
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SAMPLING":
-            used |= set(ast.literal_eval(node.value))
+    if script == EVALUATE:  # goes over these names
+        used |= set(evaluate.SAMPLING)
     assert fields_of(script) - used == set()
 
 
-@pytest.mark.parametrize("shell_script", sorted((REPOSITORY / "scripts").glob("*.sh")), ids=lambda path: path.name)
-def test_shell_scripts_give_flags_that_exist(shell_script):
+def launched(shell_script: Path) -> tuple[Path, list[str]]:
+    """The Python script that a shell script gives to torchrun, and the words after it; variables without a default become a word."""
     text = re.sub(r"\\\n", " ", shell_script.read_text())
-    for name, words in re.findall(r"^[^#\n]*?\b((?:preprocess/)?\w+\.py)\b(.*)$", text, re.MULTILINE):
-        script = REPOSITORY / name
-        if not script.is_file():
-            script = REPOSITORY / "preprocess" / name
-        flags = {flag.replace("--no_", "--") for flag in re.findall(r"(--\w+)", words)}
-        assert {flag.removeprefix("--") for flag in flags} <= fields_of(script), (shell_script.name, name)
+    command = next(line for line in text.splitlines() if line.startswith("torchrun "))
+    command = command.replace('"$@"', "").replace("$repository", str(REPOSITORY))
+    command = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", command)
+    command = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda match: "motion" if match[1] == "REWARDS" else "x.jsonl", command)
+    words = shlex.split(command)
+    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    return Path(words[place]), words[place + 1 :]
+
+
+@pytest.mark.parametrize("shell_script", LAUNCHERS, ids=lambda path: path.name)
+def test_launch_scripts_are_accepted_by_their_scripts(shell_script):
+    """Every flag exists and every value is allowed, together with what the user has to give."""
+    script, words = launched(shell_script)
+    arguments = runpy.run_path(str(script))["Args"]
+    given = [] if "--output_dir" in words else ["--output_dir", "x"]
+    assert tyro.cli(arguments, args=[*words, *given], use_underscores=True)
+
+
+def test_every_script_has_its_launchers():
+    families = {path.stem.removeprefix("train_grpo_") for path in TRAINING_SCRIPTS}
+    assert {path.name for path in LAUNCHERS} == {f"{kind}_{family}.sh" for kind in ("train", "preprocess") for family in families}
