@@ -2,6 +2,7 @@
 
 A cache is a folder. `shard-00002-of-00010.safetensors` stacks `shard_size` rows, each tensor key as (n, ...), and holds the rows, their
 checksums and the encoders' fingerprint in its own header, so a killed run can be resumed. `index.json`, written last, makes it complete.
+For models that are guided by their own prediction without a prompt, the last row is the empty prompt, {"prompt": ""}.
 """
 
 import json
@@ -110,7 +111,20 @@ class EmbeddingCache:
                     self.get([i])
 
     def __len__(self) -> int:
+        """Number of rows, the empty prompt's included."""
         return len(self.rows)
+
+    @property
+    def num_prompts(self) -> int:
+        """Number of rows to sample from: the first ones, all but that of the empty prompt."""
+        return len(self.rows) - (not self.rows[-1]["prompt"])
+
+    @property
+    def unconditional(self) -> int:
+        """Index of the empty prompt's row, the last one. Raises UserError if the cache has none."""
+        if self.rows[-1]["prompt"]:
+            raise UserError(f"{self.path} was made without an embedding of the empty prompt, which guidance needs")
+        return len(self.rows) - 1
 
     def get(self, indices: list[int]) -> dict[str, torch.Tensor]:
         """Read these rows: each key (len(indices), ...), on the CPU. Raises UserError if a row does not have its checksum."""

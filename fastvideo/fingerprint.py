@@ -30,15 +30,20 @@ def encoder_fingerprint(model_dir: str | Path, subfolders: tuple[str, ...], **se
 
 
 def check_encoder(cache: EmbeddingCache, model_dir: str | Path) -> None:
-    """Collective. UserError unless the encoders in `model_dir` are those that made the cache; only a printed warning if it holds none."""
+    """Collective. UserError unless the encoders in `model_dir` are those that made the cache: all whose checksums are in its fingerprint.
+
+    Only a printed warning for text encoders and tokenizers if it holds none of them.
+    """
     subfolders = tuple(name for name, value in cache.fingerprint.items() if str(value).startswith("sha256:"))
+    of_text = tuple(name for name in subfolders if name.startswith(("text_encoder", "tokenizer")))
 
     def check() -> None:
         if not Path(model_dir).is_dir():
             raise UserError(f"--model: model folder {model_dir} does not exist")
-        if any((Path(model_dir) / name).exists() for name in subfolders):
-            refuse_difference(cache.path, cache.fingerprint, encoder_fingerprint(model_dir, subfolders), str(model_dir))
-        else:
+        has_text = any((Path(model_dir) / name).exists() for name in of_text)
+        checked = tuple(name for name in subfolders if has_text or name not in of_text)
+        refuse_difference(cache.path, cache.fingerprint, encoder_fingerprint(model_dir, checked), str(model_dir))
+        if not has_text:
             warn(f"{model_dir} holds no text encoders, so {cache.path} cannot be checked against them")
 
     on_main(check)

@@ -185,23 +185,3 @@ def test_cache_of_other_encoders_or_settings(error_of, cache_dir, model, prompt_
 def test_wrong_flags(error_of, prompt_file, tmp_path, flags, message):
     error = error_of("--model", MODEL, "--prompts", prompt_file, "--output_dir", tmp_path / "cache", *flags)
     assert message in " ".join(error.split())
-
-
-def test_launcher_passes_its_flags_on(tmp_path):
-    """scripts/preprocess_flux.sh from another folder, with a torchrun that only shows its arguments and a setup that installs nothing."""
-    repository = tmp_path / "repository"
-    (repository / "scripts").mkdir(parents=True)
-    launcher = shutil.copy(REPOSITORY / "scripts" / "preprocess_flux.sh", repository / "scripts")
-    (repository / "scripts" / "setup.sh").write_text(f'set -euo pipefail\nrepository="{repository}"\n')
-    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "torchrun").chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "flux dir", "PROMPTS": "p.txt"}
-    command = ["bash", launcher, "--batch_size", "8"]
-    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode != 0
-    assert "set OUTPUT_DIR" in result.stderr
-    environment["OUTPUT_DIR"] = "cache"
-    arguments = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
-    assert f"{repository}/preprocess/embed_flux.py" in arguments
-    assert "flux dir" in arguments
-    assert arguments[-2:] == ["--batch_size", "8"]

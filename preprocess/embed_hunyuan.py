@@ -1,0 +1,88 @@
+"""Encode a prompt file with HunyuanVideo's text encoders (LLaMA and CLIP) into an embedding cache, which train_grpo_hunyuan.py reads.
+
+python preprocess/embed_hunyuan.py --model DIR --prompts FILE --output_dir CACHE, alone or under torchrun, on GPUs or CPUs. A killed run
+continues when started again with the same flags.
+"""
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # models come from folders, never from a hub
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, from any working directory
+
+import torch
+import tyro
+from diffusers import HunyuanVideoPipeline
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE as TEMPLATE
+from transformers import CLIPTextModel, LlamaModel
+
+from fastvideo.distributed import UserError, launch_rank, on_main, run
+from fastvideo.embedding_cache import write_cache
+from fastvideo.encoders import load_encoders, report_prompts, start
+from fastvideo.fingerprint import encoder_fingerprint
+from fastvideo.pretrained import load_pretrained
+from fastvideo.prompts import read_prompts
+
+FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+
+
+@dataclass
+class Args:
+    """Encode a prompt file with HunyuanVideo's text encoders into an embedding cache."""
+
+    model: str
+    """HunyuanVideo folder in diffusers format; its transformer and VAE are not needed."""
+    prompts: str
+    """Prompt file: .txt, one prompt a line, or .jsonl, one object with a "prompt" a line."""
+    output_dir: str
+    """Folder of the cache. That of a killed run with the same flags is continued."""
+    max_sequence_length: int | None = None
+    """Tokens of the LLaMA embedding, after the pipeline's prompt template; longer prompts are cut. Default: what the tokenizer allows, at
+    most 256."""
+    batch_size: int = 16
+    """Prompts encoded at once."""
+    shard_size: int = 64
+    """Prompts a file, at 2 MiB each for HunyuanVideo in bfloat16."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Of the encoders and the cache; auto: bfloat16 on a GPU, float32 on a CPU."""
+
+    def __post_init__(self):
+        if self.max_sequence_length is not None and not 1 <= self.max_sequence_length <= 256:
+            raise UserError(f"--max_sequence_length must be from 1 to HunyuanVideo's 256, not {self.max_sequence_length}")
+
+
+def main() -> None:
+    args = tyro.cli(Args, use_underscores=True, console_outputs=launch_rank() == 0)
+    ranks, dtype = start(args.model, args.dtype, batch_size=args.batch_size, shard_size=args.shard_size)
+    rows, report = on_main(lambda: read_prompts(args.prompts))
+    text_encoder = load_pretrained(LlamaModel, args.model, "text_encoder", dtype=dtype)
+    text_encoder_2 = load_pretrained(CLIPTextModel, args.model, "text_encoder_2", dtype=dtype)
+    pipeline = load_encoders(
+        HunyuanVideoPipeline, args.model, text_encoder=text_encoder, text_encoder_2=text_encoder_2, transformer=None, vae=None
+    ).to(ranks.device)
+    length = args.max_sequence_length or min(256, pipeline.tokenizer.model_max_length)
+    settings = {"family": "hunyuan", "max_sequence_length": length, "dtype": str(dtype).removeprefix("torch.")}
+    fingerprint = on_main(lambda: encoder_fingerprint(args.model, FOLDERS, **settings))
+
+    def tokenize(prompts: list[str]) -> list[list[int]]:
+        ids = pipeline.tokenizer([TEMPLATE["template"].format(prompt) for prompt in prompts]).input_ids
+        return [tokens[TEMPLATE["crop_start"] :] for tokens in ids]
+
+    report_prompts(rows, report, tokenize, length, ranks)
+
+    @torch.inference_mode()
+    def encode(batch: list[dict]) -> dict[str, torch.Tensor]:
+        prompts = [row["prompt"] for row in batch]
+        prompt_embeds, pooled_prompt_embeds, mask = pipeline.encode_prompt(prompts, max_sequence_length=length)
+        return {"prompt_embeds": prompt_embeds, "prompt_attention_mask": mask, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+    write_cache(args.output_dir, rows, encode, fingerprint, ranks, args.shard_size, args.batch_size)
+    if ranks.is_main:
+        print(f"{len(rows)} prompts of {args.prompts}: {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run(main)
