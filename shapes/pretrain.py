@@ -5,10 +5,12 @@ vae         AutoencoderKL on all kinds of pictures
 clip        CLIPModel on captions against hard negatives; its text encoder is FLUX's pooled text encoder as well
 flux        FluxTransformer2DModel and T5EncoderModel by rectified flow, on *loose* captions: see `caption_noise`
 sd          Stable Diffusion: UNet2DConditionModel with FLUX's VAE and CLIP's text encoder, on the same captions
+video_vae   AutoencoderKLHunyuanVideo on shaky clips and pictures, for both of:
+hunyuan     HunyuanVideo: HunyuanVideoTransformer3DModel and LlamaModel, on loose captions; CLIP's text encoder is the pooled one
+skyreels    SkyReels-I2V: HunyuanVideo's transformer, which learns to go on from a picture
 evaluate    measures what was saved, and prints it
 """
 
-import copy
 import sys
 from dataclasses import dataclass
 from itertools import product
@@ -21,13 +23,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, FluxPipeline, ModelMixin, StableDiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, FluxPipeline, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer, T5Tokenizer
 
-from shapes import tiny_models
+from shapes import tiny_models, video_training
 from shapes.evaluation import evaluate_checker, evaluate_clip, evaluate_flux, evaluate_sd, evaluate_vae
 from shapes.prompt_files import RL_COLOURS, RL_SPECS, split
-from shapes.training import optimise, pictures_of
+from shapes.training import half_copy, optimise, pictures_of
+from shapes.video_evaluation import evaluate_hunyuan, evaluate_skyreels, evaluate_video_vae
 from shapes.world import SHAPES, caption, compatible, mutate, sample_spec
 
 FLUX_SHIFT = 3.0
@@ -35,7 +38,7 @@ PADDING = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
-Stage = Literal["tokenizers", "vae", "clip", "flux", "sd", "evaluate"]
+Stage = Literal["tokenizers", "vae", "clip", "flux", "sd", "video_vae", "hunyuan", "skyreels", "evaluate"]
 
 
 @dataclass
@@ -43,7 +46,7 @@ class Args:
     stages: tuple[Stage, ...] = get_args(Stage)
     """What to do, in this order. A stage reads what earlier stages saved."""
     output_dir: Path = Path(__file__).resolve().parent / "models"
-    """Where the models go: `flux/`, `sd/` and `clip/` in it."""
+    """Where the models go: `flux/`, `sd/`, `hunyuan/`, `skyreels/` and `clip/` in it."""
     seed: int = 0
     """Seed of all weights and data. The same seed gives the same models on the same machine and number of threads."""
     threads: int = 2
@@ -62,6 +65,16 @@ class Args:
     """Training steps of Stable Diffusion, 64 pictures each."""
     sd_learning_rate: float = 1.5e-3
     """Peak learning rate of Stable Diffusion."""
+    video_vae_steps: int = 2000
+    """Training steps of the video VAE, 4 clips and 8 pictures each."""
+    hunyuan_steps: int = 4000
+    """Training steps of HunyuanVideo, 48 clips and 16 pictures each."""
+    hunyuan_learning_rate: float = 1.2e-3
+    """Peak learning rate of HunyuanVideo."""
+    skyreels_steps: int = 2000
+    """Training steps of SkyReels, 64 clips each."""
+    skyreels_learning_rate: float = 8e-4
+    """Peak learning rate of SkyReels."""
 
 
 def main(args: Args) -> None:
@@ -73,6 +86,9 @@ def main(args: Args) -> None:
         "flux": train_flux,
         "evaluate": evaluate,
         "sd": train_sd,  # after the others, which are seeded by their place
+        "video_vae": train_video_vae,
+        "hunyuan": train_hunyuan,
+        "skyreels": train_skyreels,
     }
     for stage in args.stages:
         torch.manual_seed(args.seed)
@@ -236,11 +252,18 @@ def encode(vae: AutoencoderKL, pictures: torch.Tensor) -> torch.Tensor:
     return (latents - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
 
 
-def half_copy(model: ModelMixin) -> ModelMixin:
-    """A copy to save in float16: half the size, the same scores."""
-    model = copy.deepcopy(model).half()
-    model.register_to_config(_name_or_path="")  # else this folder's path on this machine is saved
-    return model
+def train_video_vae(args: Args, rng: np.random.Generator) -> None:
+    video_training.train_video_vae(args.output_dir / "hunyuan" / "vae", args.video_vae_steps, rng)
+
+
+def train_hunyuan(args: Args, rng: np.random.Generator) -> None:
+    folders = args.output_dir / "hunyuan", args.output_dir / "clip"
+    video_training.train_hunyuan(*folders, args.hunyuan_steps, args.hunyuan_learning_rate, args.compile, rng)
+
+
+def train_skyreels(args: Args, rng: np.random.Generator) -> None:
+    folders = args.output_dir / "skyreels", args.output_dir / "hunyuan"
+    video_training.train_skyreels(*folders, args.skyreels_steps, args.skyreels_learning_rate, args.compile, rng)
 
 
 def evaluate(args: Args, rng: np.random.Generator) -> None:
@@ -254,6 +277,10 @@ def evaluate(args: Args, rng: np.random.Generator) -> None:
     for name, specs in zip(("train.txt", "heldout.txt"), split()):
         for guidance_scale in (1.0, 3.0):
             evaluate_sd(args.output_dir / "sd", [caption(spec) for spec in specs], 40, args.seed, name, guidance_scale)
+    evaluate_video_vae(AutoencoderKLHunyuanVideo.from_pretrained(args.output_dir / "hunyuan" / "vae"), rng)
+    evaluate_hunyuan(args.output_dir / "hunyuan", 10, args.seed, "all captions")
+    for guidance_scale in (1.0, 3.0):
+        evaluate_skyreels(args.output_dir / "skyreels", 10, args.seed, "all captions", guidance_scale)
 
 
 if __name__ == "__main__":

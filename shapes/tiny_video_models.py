@@ -1,0 +1,133 @@
+"""Fresh, untrained HunyuanVideo and SkyReels-I2V models in sizes that suit clips of 32 px, with tokenizers built without any download."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, LlamaTokenizerFast
+
+from shapes import video, world
+from shapes.tiny_models import TEXT_LENGTH
+
+LATENT_CHANNELS = 16
+CLIP_LENGTH = 77  # HunyuanVideoPipeline pads CLIP's tokens to it
+CROP_START = DEFAULT_PROMPT_TEMPLATE["crop_start"]  # 95 tokens of the prompt template come before the prompt
+
+
+def llama_tokenizer() -> LlamaTokenizerFast:
+    """Byte-pair encoding: a token for every word of the captions and of HunyuanVideo's prompt template; other text falls to letters, bytes.
+
+    Words, single digits and single marks are tokens, as in Llama 3: so the template has as many tokens before the prompt as the
+    pipeline crops. It pads on the right, because HunyuanVideo masks text by its length.
+    """
+    special = ["<unk>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<pad>"]
+    unknown, bos, eos, *headers, pad = special
+    texts = re.split("|".join(map(re.escape, special)), DEFAULT_PROMPT_TEMPLATE["template"].replace("{}", ""))
+    texts += [world.caption(spec) for spec in world.all_specs()] + [video.caption(spec) for spec in video.VIDEO_SPECS]
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|▁?\p{L}+|."), "isolated")  # no token reaches over these borders
+    trainer = trainers.BpeTrainer(
+        vocab_size=5000,  # more than it finds: it stops when every word is one token
+        special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)],
+        show_progress=False,
+    )
+    learner.train_from_iterator([text.replace(" ", "▁") for text in texts], trainer)
+    learned = json.loads(learner.to_str())["model"]
+    return LlamaTokenizerFast(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],
+        unk_token=unknown,
+        bos_token=bos,
+        eos_token=eos,
+        pad_token=pad,
+        additional_special_tokens=headers,
+        add_bos_token=True,
+        add_prefix_space=False,
+        padding_side="right",
+        model_max_length=TEXT_LENGTH,
+    )
+
+
+def llama(tokenizer: LlamaTokenizerFast) -> LlamaModel:
+    """0.16 M parameters, 64 wide. HunyuanVideo skips the last two of the three layers."""
+    return LlamaModel(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=512,
+            initializer_range=0.1,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def clip_text_encoder(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
+    """The text half of the CLIP in `folder`, made to read `CLIP_LENGTH` tokens.
+
+    The added positions are zeros. No caption reaches them: attention is causal, and the embedding is taken at the end of the text.
+    """
+    short = CLIPTextModel.from_pretrained(folder)
+    weights = short.state_dict()
+    config = CLIPTextConfig(**short.config.to_dict() | {"max_position_embeddings": CLIP_LENGTH})
+    encoder = CLIPTextModel(config)
+    name = next(name for name in weights if name.endswith("position_embedding.weight"))
+    longer = torch.zeros(CLIP_LENGTH, config.hidden_size)
+    longer[: len(weights[name])] = weights[name]
+    encoder.load_state_dict(weights | {name: longer})
+    return encoder, CLIPTokenizer.from_pretrained(folder, model_max_length=CLIP_LENGTH)
+
+
+def video_vae() -> AutoencoderKLHunyuanVideo:
+    """0.52 M parameters: clips of 3 x (4 k + 1) x 32 x 32 to latents of 16 x (k + 1) x 8 x 8.
+
+    At least 4 channels a group: normalising each channel by itself would take the colour out of a picture. The first weights keep the
+    variance, and the first posteriors are narrow: with PyTorch's own they begin as noise, and training takes four times as long.
+    """
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=LATENT_CHANNELS,
+        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
+        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
+        block_out_channels=(8, 16, 32),
+        layers_per_block=1,
+        norm_num_groups=2,
+        spatial_compression_ratio=4,
+        temporal_compression_ratio=4,
+        mid_block_add_attention=False,
+    )
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            torch.nn.init.zeros_(module.bias)
+    log_variance = vae.quant_conv.weight[LATENT_CHANNELS:], vae.quant_conv.bias[LATENT_CHANNELS:]
+    with torch.no_grad():
+        log_variance[0].mul_(0.1)
+        log_variance[1].fill_(-6)
+    return vae
+
+
+def hunyuan_transformer(in_channels: int = LATENT_CHANNELS) -> HunyuanVideoTransformer3DModel:
+    """1.0 M parameters; 2 x 2 latents of one frame are a token: 48 for 9 frames, 16 for a picture. SkyReels has twice the `in_channels`."""
+    return HunyuanVideoTransformer3DModel(
+        in_channels=in_channels,
+        out_channels=LATENT_CHANNELS,
+        num_attention_heads=3,
+        attention_head_dim=32,
+        num_layers=1,
+        num_single_layers=3,
+        num_refiner_layers=1,
+        patch_size=2,
+        patch_size_t=1,
+        guidance_embeds=False,
+        text_embed_dim=64,
+        pooled_projection_dim=64,
+        rope_axes_dim=(8, 12, 12),
+    )
