@@ -70,6 +70,15 @@ ARGUMENTS = {
         "num_frames": ("num_frames", 53),
         "max_sequence_length": ("max_sequence_length", 256),
     },
+    "WanPipeline": {
+        "sampling_steps": ("num_inference_steps", 25),
+        "shift": (None, 5.0),
+        "guidance_scale": ("guidance_scale", 5.0),
+        "height": ("height", 480),
+        "width": ("width", 832),
+        "num_frames": ("num_frames", 81),
+        "max_sequence_length": ("max_sequence_length", 512),
+    },
 }
 SAMPLING = tuple(dict.fromkeys(name for settings in ARGUMENTS.values() for name in settings))
 
@@ -99,7 +108,7 @@ class Args:
     shift: float | None = None
     """Time shift of a rectified flow's schedule."""
     guidance_scale: float | None = None
-    """Classifier-free guidance, 1 for none (Stable Diffusion, SkyReels)."""
+    """Classifier-free guidance, 1 for none (Stable Diffusion, SkyReels, Wan)."""
     embedded_guidance: float | None = None
     """Guidance given to guidance-distilled models as an input (FLUX, HunyuanVideo, SkyReels)."""
     height: int | None = None
@@ -200,6 +209,8 @@ def use_trained_sampler(pipeline: DiffusionPipeline, sampling: dict[str, Any]) -
     config = pipeline.scheduler.config
     if "shift" in sampling:
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=sampling["shift"], use_dynamic_shifting=False)
+        # Before the shift, the times go evenly from 1 to this; WanPipeline leaves them to the scheduler, the others say so themselves.
+        pipeline.scheduler.sigma_min = 1 / sampling["sampling_steps"]
     else:
         pipeline.scheduler = DDIMScheduler.from_config(config, clip_sample=False)
 

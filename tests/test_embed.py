@@ -217,6 +217,7 @@ def test_missing_image_is_named(image_file, tmp_path, capsys):
         ("sd", ("--batch_size", 0), "--batch_size must be at least 1, not 0"),
         ("hunyuan", ("--max_sequence_length", 257), "--max_sequence_length must be from 1 to HunyuanVideo's 256, not 257"),
         ("skyreels", ("--max_sequence_length", 0), "--max_sequence_length must be from 1 to SkyReels' 256, not 0"),
+        ("wan", ("--max_sequence_length", 513), "--max_sequence_length must be from 1 to Wan's 512, not 513"),
         ("skyreels", ("--height", 40), "--height 40 and --width 640 must be multiples of 16"),
         ("skyreels", ("--prompts", "prompts.txt"), "--prompts prompts.txt must be a .jsonl file"),
     ],
@@ -225,7 +226,7 @@ def test_wrong_flags(image_file, tmp_path, capsys, family, flags, message):
     assert message in error_of(capsys, family, image_file, tmp_path / "cache", *flags)
 
 
-@pytest.mark.parametrize("family", ["flux", "sd", "hunyuan", "skyreels"])
+@pytest.mark.parametrize("family", ["flux", "sd", "hunyuan", "skyreels", "wan"])
 def test_launcher_passes_its_flags_on(tmp_path, family):
     """From another folder, with a torchrun that only shows its arguments and a setup that installs nothing."""
     repository = tmp_path / "repository"

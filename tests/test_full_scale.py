@@ -12,10 +12,12 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
     DDIMScheduler,
     FluxTransformer2DModel,
     HunyuanVideoTransformer3DModel,
     UNet2DConditionModel,
+    WanTransformer3DModel,
 )
 from torch._subclasses import FakeTensorMode
 
@@ -110,6 +112,15 @@ MODELS = {
         LLAMA_AND_CLIP | {"image_latents": (16, 1, 50, 80)},
         (16, 14, 50, 80),
         (3, 53, 400, 640),
+    ),
+    "wan_2.1_t2v_1.3b": FullSize(
+        "train_grpo_wan",
+        (WanTransformer3DModel, {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
+        1_418_996_800,
+        (AutoencoderKLWan, {}),
+        {"prompt_embeds": (512, 4096)},
+        (16, 21, 60, 104),
+        (3, 81, 480, 832),
     ),
 }
 
