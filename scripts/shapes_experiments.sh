@@ -7,7 +7,7 @@
 #   aesthetic          FLUX, a taste that ignores the prompt, with the quickstart's sampler
 #   aesthetic_binary   the same, as 0 or 1 around a threshold
 #   long               FLUX, the quickstart's recipe for 300 iterations
-#   sd                 Stable Diffusion with guidance: the caption
+#   sd                 Stable Diffusion with guidance: the taste
 #   hunyuan            HunyuanVideo: form and motion of clips
 #   hunyuan_image      HunyuanVideo with one frame: the taste
 #   skyreels           SkyReels-I2V with guidance: motion of clips from given first frames
@@ -39,8 +39,8 @@ aesthetic_binary) flags=(--rewards aesthetic@0.6 "${early_noise[@]}" --iteration
 long) flags=(--rewards shapes shapes_strict "${early_noise[@]}" --iterations 300) ;;
 sd)
     family=sd
-    flags=(--rewards shapes shapes_strict --num_generations 16 --best_of_n 8 --noise_level 1 --timestep_fraction 0.6 --guidance_scale 2
-        --learning_rate 2e-4 --ema_decay 0.97 --iterations 100)
+    flags=(--rewards aesthetic --num_generations 16 --best_of_n 8 --noise_level 1 --timestep_fraction 0.6 --guidance_scale 2
+        --learning_rate 2e-4 --ema_decay 0.97 --iterations 40)
     ;;
 hunyuan)
     family=hunyuan train=video_train.txt heldout=video_heldout.txt evaluated=(motion visual shapes_strict shapes) images=8

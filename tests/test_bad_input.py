@@ -49,7 +49,6 @@ from fastvideo.distributed import UserError
         ({"sde_window": (-1, 2)}, "--sde_window -1 2 must lie within the first 24 of --sampling_steps 25"),
         ({"sde_window": (0, 0)}, "--sde_window 0 0 must lie within"),
         ({"sde_window": (20, 5)}, "--sde_window 20 5 must lie within"),
-        ({"offload": True, "zero_stage": 0}, "--offload moves what ZeRO shards, but --zero_stage is 0"),
     ],
     ids=str,
 )
@@ -179,6 +178,7 @@ def test_broken_cache(sentence_of, cache_copy, break_it, message):
         ({"--rewards": "shapes=somewhere"}, "--rewards: shapes takes no path, but was given shapes=somewhere"),
         ({"--rewards": "clip=/nowhere"}, "/nowhere"),
         ({"--height": 36}, "--height 36 and --width 32 must be multiples of 8"),
+        ({"--offload": (), "--zero_stage": 0}, "--offload moves what ZeRO shards, but --zero_stage is 0"),
         ({"--dtype": "bfloat16", "--zero_stage": 0}, "--zero_stage 0 keeps no float32 master weights, which --dtype bfloat16 needs"),
         ({"--attention": "flash"}, "--attention flash cannot be used here"),
         ({"--attention": "magic"}, "--attention magic cannot be used here"),
