@@ -32,9 +32,9 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[tuple(merge) for merge in learned["merges"]], model_max_length=TEXT_LENGTH)
 
 
-def t5_tokenizer() -> T5Tokenizer:
-    """A unigram model whose pieces are the captions' words and, for other text, single characters."""
-    words = sorted({word for spec in all_specs() for word in caption(spec).split()})
+def t5_tokenizer(captions: list[str] | None = None) -> T5Tokenizer:
+    """A unigram model whose pieces are the words of `captions` (by default of all pictures') and, for other text, single characters."""
+    words = sorted({word for text in captions or map(caption, all_specs()) for word in text.split()})
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -4.0)]
     pieces += [("▁" + word, -2.0) for word in words] + [(chr(code), -8.0) for code in range(ord("!"), ord("~") + 1)]
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=TEXT_LENGTH)

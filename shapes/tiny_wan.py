@@ -1,0 +1,186 @@
+"""A Wan 2.1 text-to-video model in a size that suits clips of 32 px: fresh, trained, and measured by diffusers' pipeline.
+
+It learns from the same shaky clips and loose captions as HunyuanVideo does in `shapes/video_training.py`.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+
+from shapes import video, world
+from shapes.checker import aesthetic, check
+from shapes.tiny_models import TEXT_LENGTH, t5_tokenizer
+from shapes.training import optimise
+from shapes.video import FRAMES, VIDEO_SPECS
+from shapes.video_evaluation import THINGS, describe, sample
+from shapes.video_training import CAPTIONS, EMPTY_SHARE, SHIFT, flow_loss, redraw, save_pipeline, shaky_clips, single_frames
+
+LATENT_CHANNELS = 16
+BATCH = 72
+
+
+def wan_vae() -> AutoencoderKLWan:
+    """0.49 M parameters: clips of 3 x (4 k + 1) x 32 x 32 to latents of 16 x (k + 1) x 8 x 8."""
+    return AutoencoderKLWan(
+        base_dim=8,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 4],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+        scale_factor_spatial=4,
+    )
+
+
+def umt5(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
+    """0.09 M parameters, 64 wide."""
+    return UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=64,
+            d_kv=16,
+            d_ff=128,
+            num_layers=2,
+            num_heads=4,
+            relative_attention_num_buckets=16,
+            relative_attention_max_distance=16,
+            dropout_rate=0.0,
+        )
+    )
+
+
+def wan_transformer() -> WanTransformer3DModel:
+    """1.0 M parameters; 2 x 2 latents of one frame are a token: 48 for 9 frames, 16 for a picture."""
+    return WanTransformer3DModel(num_attention_heads=4, attention_head_dim=32, text_dim=64, freq_dim=64, ffn_dim=256, num_layers=4)
+
+
+def wan_scheduler(shift: float) -> UniPCMultistepScheduler:
+    """What the folders of Wan 2.1 have."""
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+
+
+def fresh_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
+    """All of Wan but the VAE untrained."""
+    tokenizer = t5_tokenizer([world.caption(spec) for spec in world.all_specs()] + [video.caption(spec) for spec in VIDEO_SPECS])
+    return WanPipeline(tokenizer, umt5(tokenizer), vae, wan_scheduler(SHIFT), wan_transformer())
+
+
+def train_wan_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
+    """L1 + L2 reconstruction of clips and pictures, a small pull to the normal distribution; saves `folder` with its latents' moments."""
+    clips, pictures = (draw(2000, rng)[0] for draw in (shaky_clips, single_frames))
+    vae = wan_vae()
+    for parameter in vae.parameters():  # half as fast otherwise
+        if parameter.ndim > 3:
+            layout = torch.channels_last_3d if parameter.ndim == 5 else torch.channels_last
+            parameter.data = parameter.data.contiguous(memory_format=layout)
+
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        posterior = vae.encode(x).latent_dist
+        y = vae.decode(posterior.sample()).sample
+        divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
+        return (y - x).abs().mean() + 2 * (y - x).square().mean() + 1e-3 * divergence
+
+    def still_loss() -> torch.Tensor:
+        return loss_of(pictures[torch.randint(len(pictures), (24,))])
+
+    def loss_function() -> torch.Tensor:
+        return loss_of(clips[torch.randint(len(clips), (4,))]) + 0.3 * loss_of(pictures[torch.randint(len(pictures), (8,))])
+
+    def save(step: int) -> None:
+        latents = encode(vae, clips[:500])
+        moments = {"latents_mean": latents.mean((0, 2, 3, 4)).tolist(), "latents_std": latents.std((0, 2, 3, 4)).tolist()}
+        trained = wan_vae()
+        trained.load_state_dict(vae.state_dict())
+        trained.register_to_config(**moments)
+        trained.half().save_pretrained(folder)
+        evaluate_wan_vae(AutoencoderKLWan.from_pretrained(folder, dtype=torch.float32), np.random.default_rng(0), 144)
+
+    optimise(still_loss, list(vae.parameters()), steps // 4, 2e-3, "wan vae, pictures")  # what is quick to learn, where it is cheap
+    optimise(loss_function, list(vae.parameters()), steps, 2e-3, "wan vae", every=(500, save))
+    save(steps)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKLWan, clips: torch.Tensor) -> torch.Tensor:
+    """Latents, as the VAE gives them, of clips in [-1, 1]: (N, 3, F, 32, 32) -> (N, 16, k + 1, 8, 8)."""
+    return torch.cat([vae.encode(chunk).latent_dist.mode() for chunk in clips.split(BATCH)])
+
+
+@torch.no_grad()
+def evaluate_wan_vae(vae: AutoencoderKLWan, rng: np.random.Generator, number: int = 720) -> None:
+    """Prints what the checkers say of clips, pictures and their reconstructions, and the squared error in [0, 1]."""
+
+    def through(shown: np.ndarray) -> np.ndarray:
+        latents = encode(vae, torch.from_numpy(shown) * 2 - 1)
+        return torch.cat([vae.decode(chunk).sample for chunk in latents.split(BATCH)]).numpy() / 2 + 0.5
+
+    specs = [VIDEO_SPECS[i % len(VIDEO_SPECS)] for i in range(number)]
+    clips = video.render_clips(specs, video.tracks(specs, FRAMES, rng), rng)
+    decoded = through(clips)
+    print(f"wan vae: smooth clips: mse {np.square(decoded - clips).mean():.2e}")
+    print(f"  truth: {describe(clips, specs, clips[:, :, 0])}")
+    print(f"  reconstructed: {describe(decoded, specs, clips[:, :, 0])}")
+    things = [THINGS[i % len(THINGS)] for i in range(number)]
+    pictures = world.render(things, rng)[:, :, None]
+    decoded = through(pictures)
+    strict = check(decoded[:, :, 0], things)["strict"].mean()
+    print(f"wan vae: pictures: mse {np.square(decoded - pictures).mean():.2e}, reconstructed strict {strict:.3f}", flush=True)
+
+
+def train_wan(folder: Path, steps: int, learning_rate: float, compiled: bool, rng: np.random.Generator) -> None:
+    """Wan's transformer and its UMT5, three quarters on clips and a quarter on pictures, with the VAE that is in `folder`.
+
+    A tenth of the captions is empty, as in guidance's other branch.
+    """
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=torch.float32)
+    pipeline = fresh_pipeline(vae)
+    transformer, text_encoder = pipeline.transformer, pipeline.text_encoder
+    tokens = pipeline.tokenizer([*CAPTIONS, ""], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
+    mean, std = (torch.tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
+    kinds = []
+    for draw, number, in_a_batch in ((shaky_clips, 7200, 48), (single_frames, 2400, 16)):
+        shown, labels = draw(number, rng)
+        kinds.append(((encode(vae, shown) - mean) / std, labels, in_a_batch))
+    network = torch.compile(transformer, dynamic=False) if compiled else transformer
+
+    def predict(encoder_attention_mask: None, pooled_projections: None, **inputs: torch.Tensor) -> tuple[torch.Tensor]:
+        return network(**inputs)
+
+    def loss_function() -> torch.Tensor:
+        states = text_encoder(**tokens).last_hidden_state * tokens.attention_mask[..., None]  # zeros for padding, as the pipeline has it
+        losses = []
+        for latents, labels, number in kinds:
+            batch = torch.randint(len(latents), (number,))
+            named = torch.where(torch.rand(number) < EMPTY_SHARE, len(CAPTIONS), redraw(labels[batch]))
+            losses.append(flow_loss(predict, latents[batch], (states[named], None, None)))
+        return 0.75 * losses[0] + 0.25 * losses[1]
+
+    def save(step: int) -> None:
+        save_pipeline(pipeline, folder)
+        evaluate_wan(folder, 2, 0, f"step {step}")
+
+    parameters = [*transformer.parameters(), *text_encoder.parameters()]
+    optimise(loss_function, parameters, steps, learning_rate, "wan", weight_decay=0.01, every=(500, save))
+    save(steps)
+
+
+def evaluate_wan(folder: Path, clips_per_prompt: int, seed: int, name: str, steps: int = 8, guidance: float = 1.0) -> np.ndarray:
+    """Prints the checkers' scores of clips and of single frames that diffusers' pipeline makes; returns the clips as `sample` does."""
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.float32)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(pipeline.scheduler.config, shift=SHIFT)
+    pipeline.scheduler.sigma_min = 1 / steps  # where the last step begins: WanPipeline can't be given the times
+    settings = {"num_inference_steps": steps, "guidance_scale": guidance}
+    specs = list(VIDEO_SPECS) * clips_per_prompt
+    clips = sample(pipeline, [video.caption(spec) for spec in specs], seed, num_frames=FRAMES, **settings)
+    print(f"wan: {name}, {len(clips)} clips, guidance {guidance}: {describe(clips, specs)}")
+    things = THINGS * clips_per_prompt * 6
+    pictures = sample(pipeline, [world.caption(spec) for spec in things], seed, num_frames=1, **settings)[:, :, 0]
+    scores = check(pictures, things) | {"aesthetic": aesthetic(pictures)}
+    text = ", ".join(f"{key} {scores[key].mean():.3f}" for key in ("strict", "soft", "well_formed", "aesthetic"))
+    print(f"wan: {name}, {len(pictures)} pictures, guidance {guidance}: {text}", flush=True)
+    return clips
