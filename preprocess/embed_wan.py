@@ -66,7 +66,7 @@ def main() -> None:
 
     @torch.inference_mode()
     def encode(batch: list[dict]) -> dict[str, torch.Tensor]:
-        # The empty prompt, which ends the rows, is our choice of a negative one, and WanPipeline's. Wan's own code has a long list of flaws.
+        # The empty prompt, which ends the rows, is our choice of a negative one, and WanPipeline's. Wan's own code has a list of flaws.
         prompts = [row["prompt"] for row in batch]
         prompt_embeds, _ = pipeline.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length)
         return {"prompt_embeds": prompt_embeds}
