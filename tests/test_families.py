@@ -31,6 +31,8 @@ class Family:
     flags: dict = field(default_factory=dict)
     embed: dict = field(default_factory=dict)
     network: str = "transformer"
+    sampling_steps: int = 6
+    noise_level: float = 0.7
 
     @property
     def model(self) -> Path:
@@ -42,7 +44,16 @@ class Family:
 
 
 FAMILIES = {
-    "sd": Family("sd", "train.txt", ("aesthetic",), {"--guidance_scale": 3, "--kl_weight": 0.01}, network="unet"),
+    "sd": Family(
+        "sd",
+        "train.txt",
+        ("aesthetic",),
+        {"--guidance_scale": 2, "--kl_weight": 0.01, "--noise_level": 1},
+        network="unet",
+        # DDIM's last trained step has a standard deviation of 0.04 and multiplies the rounding of float32, more so with fewer steps.
+        sampling_steps=20,
+        noise_level=1.0,
+    ),
     "hunyuan": Family("hunyuan", "video_train.txt", ("motion", "visual"), {"--num_frames": 9, "--vae_tiling": ()}),
     "hunyuan_t2i": Family("hunyuan", "train.txt", ("aesthetic", "shapes"), {"--num_frames": 1, "--gradient_checkpointing": ()}),
     "skyreels": Family(
@@ -76,7 +87,7 @@ def policy(family, cache):
     module = importlib.import_module(family.script.stem)
     values = {name.removeprefix("--"): value for name, value in family.flags.items() if name in ("--num_frames", "--guidance_scale")}
     values |= {"model": family.model, "embeddings": cache, "output_dir": cache, "rewards": family.rewards}
-    args = module.Args(**values, sampling_steps=6, height=32, width=32, noise_level=0.7)
+    args = module.Args(**values, sampling_steps=family.sampling_steps, height=32, width=32, noise_level=family.noise_level)
     transformer, vae = module.load_models(args, torch.float32, torch.device("cpu"))
     schedule = module.time_schedule(args.sampling_steps, args.model if family.name == "sd" else args.shift)
     return module, args, transformer, vae, EmbeddingCache(cache), schedule
@@ -94,17 +105,17 @@ def test_ratio_is_1_before_the_first_update(policy, family, rollout_batch_size, 
     cond = module.load_cond(cache, list(range(8)), transformer, vae, args)
     z_1 = initial_noise(module, transformer, vae, args, 8)
     noise = [keyed_generator(0, "noise", i) for i in range(8)]
-    trained_steps = module.select_timesteps([keyed_generator(0, "steps", i) for i in range(8)], 5, 0.6)
+    stochastic = args.sampling_steps - 1
+    trained_steps = module.select_timesteps([keyed_generator(0, "steps", i) for i in range(8)], stochastic, 0.6)
     parts = []
     for batch in torch.arange(8).split(rollout_batch_size):
         batch_cond = {name: tensor[batch] for name, tensor in cond.items()}
-        levels, generators = [args.noise_level] * 5 + [0.0], [noise[i] for i in batch]
+        levels, generators = [args.noise_level] * stochastic + [0.0], [noise[i] for i in batch]
         parts.append(module.rollout(transformer, batch_cond, z_1[batch], schedule, levels, generators, trained_steps[batch])[0])
     trajectory = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    samples, slots = torch.arange(8).repeat(trained_steps.shape[1]), torch.arange(trained_steps.shape[1]).repeat_interleave(8)
     deviations = []
-    for sample, slot in zip(
-        torch.arange(8).repeat(3).split(micro_batch_size), torch.arange(3).repeat_interleave(8).split(micro_batch_size)
-    ):
+    for sample, slot in zip(samples.split(micro_batch_size), slots.split(micro_batch_size)):
         transitions, pair_cond = module.pick(trajectory, cond, sample, slot, 1)
         log_prob, _ = module.score_transitions(transformer, transitions, pair_cond, schedule, args.noise_level)
         assert log_prob.requires_grad
