@@ -6,6 +6,7 @@ clip        CLIPModel on captions against hard negatives; its text encoder is FL
 flux        FluxTransformer2DModel and T5EncoderModel by rectified flow, on *loose* captions: see `caption_noise`
 sd          Stable Diffusion: UNet2DConditionModel with FLUX's VAE and CLIP's text encoder, on the same captions
 video_vae   AutoencoderKLHunyuanVideo on shaky clips and pictures, for both of:
+video_decoder  its decoder, trained on for these latents
 hunyuan     HunyuanVideo: HunyuanVideoTransformer3DModel and LlamaModel, on loose captions; CLIP's text encoder is the pooled one
 skyreels    SkyReels-I2V: HunyuanVideo's transformer, which learns to go on from a picture
 evaluate    measures what was saved, and prints it
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import tyro
-from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, FluxPipeline, StableDiffusionPipeline
+from diffusers import AutoencoderKL, AutoencoderKLHunyuanVideo, FluxPipeline, HunyuanVideoPipeline, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer, T5Tokenizer
 
 from shapes import tiny_models, video_training
@@ -38,7 +39,7 @@ PADDING = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
-Stage = Literal["tokenizers", "vae", "clip", "flux", "sd", "video_vae", "hunyuan", "skyreels", "evaluate"]
+Stage = Literal["tokenizers", "vae", "clip", "flux", "sd", "video_vae", "video_decoder", "hunyuan", "skyreels", "evaluate"]
 
 
 @dataclass
@@ -65,14 +66,18 @@ class Args:
     """Training steps of Stable Diffusion, 64 pictures each."""
     sd_learning_rate: float = 1.5e-3
     """Peak learning rate of Stable Diffusion."""
-    video_vae_steps: int = 2000
-    """Training steps of the video VAE, 4 clips and 8 pictures each."""
-    hunyuan_steps: int = 4000
+    video_vae_steps: int = 1600
+    """Training steps of the video VAE, 4 clips and 8 pictures each; before them a quarter as many with 24 pictures."""
+    video_decoder_steps: int = 3000
+    """Further training steps of its decoder alone, 4 clips and 4 pictures each."""
+    hunyuan_steps: int = 2500
     """Training steps of HunyuanVideo, 48 clips and 16 pictures each."""
+    hunyuan_train_on: bool = False
+    """Start HunyuanVideo from the weights in `output_dir`, not from fresh ones."""
     hunyuan_learning_rate: float = 1.2e-3
     """Peak learning rate of HunyuanVideo."""
-    skyreels_steps: int = 2000
-    """Training steps of SkyReels, 64 clips each."""
+    skyreels_steps: int = 1000
+    """Training steps of SkyReels, 48 clips each."""
     skyreels_learning_rate: float = 8e-4
     """Peak learning rate of SkyReels."""
 
@@ -89,6 +94,7 @@ def main(args: Args) -> None:
         "video_vae": train_video_vae,
         "hunyuan": train_hunyuan,
         "skyreels": train_skyreels,
+        "video_decoder": train_video_decoder,
     }
     for stage in args.stages:
         torch.manual_seed(args.seed)
@@ -256,14 +262,23 @@ def train_video_vae(args: Args, rng: np.random.Generator) -> None:
     video_training.train_video_vae(args.output_dir / "hunyuan" / "vae", args.video_vae_steps, rng)
 
 
+def train_video_decoder(args: Args, rng: np.random.Generator) -> None:
+    video_training.train_video_decoder(args.output_dir / "hunyuan" / "vae", args.video_decoder_steps, rng)
+
+
 def train_hunyuan(args: Args, rng: np.random.Generator) -> None:
-    folders = args.output_dir / "hunyuan", args.output_dir / "clip"
-    video_training.train_hunyuan(*folders, args.hunyuan_steps, args.hunyuan_learning_rate, args.compile, rng)
+    folder = args.output_dir / "hunyuan"
+    if args.hunyuan_train_on:
+        pipeline = HunyuanVideoPipeline.from_pretrained(folder, dtype=torch.float32)
+    else:
+        pipeline = video_training.fresh_hunyuan(folder / "vae", args.output_dir / "clip")
+    video_training.train_hunyuan(pipeline, folder, args.hunyuan_steps, args.hunyuan_learning_rate, args.compile, rng)
 
 
 def train_skyreels(args: Args, rng: np.random.Generator) -> None:
-    folders = args.output_dir / "skyreels", args.output_dir / "hunyuan"
-    video_training.train_skyreels(*folders, args.skyreels_steps, args.skyreels_learning_rate, args.compile, rng)
+    hunyuan = HunyuanVideoPipeline.from_pretrained(args.output_dir / "hunyuan", dtype=torch.float32)
+    folder = args.output_dir / "skyreels"
+    video_training.train_skyreels(hunyuan, folder, args.skyreels_steps, args.skyreels_learning_rate, args.compile, rng)
 
 
 def evaluate(args: Args, rng: np.random.Generator) -> None:

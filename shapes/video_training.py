@@ -102,6 +102,7 @@ def train_video_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
             latents = trained.encode(clips[:500]).latent_dist.mode()
             mean = latents.mean((0, 2, 3, 4))
             trained.quant_conv.bias[:LATENT_CHANNELS] -= mean
+            trained.quant_conv.bias[LATENT_CHANNELS:] -= 4  # the noise has done its work: a seventh of it is left
             trained.post_quant_conv.bias += trained.post_quant_conv.weight[:, :, 0, 0, 0] @ mean
         trained.register_to_config(scaling_factor=1 / (latents - mean.view(1, -1, 1, 1, 1)).std().item())
         trained.half().save_pretrained(folder)
@@ -112,27 +113,58 @@ def train_video_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
     save(steps)
 
 
-def train_hunyuan(folder: Path, clip_folder: Path, steps: int, learning_rate: float, compiled: bool, rng: np.random.Generator) -> None:
-    """HunyuanVideo's transformer and its Llama, three quarters on clips and a quarter on pictures, with the VAE that is in `folder`."""
-    vae = AutoencoderKLHunyuanVideo.from_pretrained(folder / "vae", dtype=torch.float32)
+def train_video_decoder(folder: Path, steps: int, rng: np.random.Generator) -> None:
+    """Trains the decoder of the VAE in `folder` on. The latents stay what they are, and so do transformers trained on them.
+
+    Those will not hit latents exactly, so it learns from slightly noisy ones.
+    """
+    clips, pictures = shaky_clips(2000, rng)[0], single_frames(2000, rng)[0]
+    vae = AutoencoderKLHunyuanVideo.from_pretrained(folder, dtype=torch.float32)
+
+    def loss_of(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            latents = vae.encode(x).latent_dist.mode()
+            latents += 0.2 / vae.config.scaling_factor * torch.rand(len(x), 1, 1, 1, 1) * torch.randn_like(latents)
+        y = vae.decode(latents.contiguous(memory_format=torch.channels_last_3d)).sample
+        return (y - x).abs().mean() + 2 * (y - x).square().mean()
+
+    def loss_function() -> torch.Tensor:
+        return loss_of(clips[torch.randint(len(clips), (4,))]) + 0.3 * loss_of(pictures[torch.randint(len(pictures), (4,))])
+
+    def save(step: int) -> None:
+        half_copy(vae).save_pretrained(folder)
+        evaluate_video_vae(copy.deepcopy(vae), np.random.default_rng(0), 144)
+
+    parameters = [*vae.decoder.parameters(), *vae.post_quant_conv.parameters()]
+    optimise(loss_function, parameters, steps, 2e-3, "video decoder", every=(500, save))
+    save(steps)
+
+
+def fresh_hunyuan(vae_folder: Path, clip_folder: Path) -> HunyuanVideoPipeline:
+    """A pipeline whose transformer and Llama are untrained, with the VAE and CLIP's text encoder that are in these folders."""
     text_encoder_2, tokenizer_2 = tiny_video_models.clip_text_encoder(clip_folder)
     tokenizer = tiny_video_models.llama_tokenizer()
-    pipeline = HunyuanVideoPipeline(
+    return HunyuanVideoPipeline(
         text_encoder=tiny_video_models.llama(tokenizer),
         tokenizer=tokenizer,
         transformer=tiny_video_models.hunyuan_transformer(),
-        vae=vae,
+        vae=AutoencoderKLHunyuanVideo.from_pretrained(vae_folder, dtype=torch.float32),
         scheduler=tiny_models.flow_scheduler(SHIFT),
         text_encoder_2=text_encoder_2,
         tokenizer_2=tokenizer_2,
     )
+
+
+def train_hunyuan(pipeline: HunyuanVideoPipeline, folder: Path, steps: int, rate: float, compiled: bool, rng: np.random.Generator) -> None:
+    """Its transformer and Llama, three quarters on clips and a quarter on pictures; saves `folder`. rate: peak learning rate."""
     transformer, llama = pipeline.transformer, pipeline.text_encoder
     with torch.no_grad():
         _, pooled, mask = pipeline.encode_prompt(CAPTIONS, max_sequence_length=TEXT_TOKENS)
+    tokenizer = pipeline.tokenizer
     filled = [DEFAULT_PROMPT_TEMPLATE["template"].format(caption) for caption in CAPTIONS]
     ids = tokenizer(filled, padding="max_length", max_length=CROP_START + TEXT_TOKENS, return_tensors="pt").input_ids
-    clips, _, clip_labels = latents_of(vae, shaky_clips, 7200, rng)
-    pictures, _, picture_labels = latents_of(vae, single_frames, 2400, rng)
+    clips, _, clip_labels = latents_of(pipeline.vae, shaky_clips, 7200, rng)
+    pictures, _, picture_labels = latents_of(pipeline.vae, single_frames, 2400, rng)
     predict = torch.compile(transformer, dynamic=False) if compiled else transformer
 
     def loss_function() -> torch.Tensor:
@@ -150,16 +182,16 @@ def train_hunyuan(folder: Path, clip_folder: Path, steps: int, learning_rate: fl
 
     unused = {id(parameter) for layer in llama.layers[-2:] for parameter in layer.parameters()} | {id(llama.norm.weight)}
     parameters = [p for p in (*transformer.parameters(), *llama.parameters()) if id(p) not in unused]
-    optimise(loss_function, parameters, steps, learning_rate, "hunyuan", weight_decay=0.01, every=(500, save))
+    optimise(loss_function, parameters, steps, rate, "hunyuan", weight_decay=0.01, every=(500, save))
     save(steps)
 
 
-def train_skyreels(folder: Path, hunyuan: Path, steps: int, learning_rate: float, compiled: bool, rng: np.random.Generator) -> None:
-    """SkyReels from the HunyuanVideo in `hunyuan`: its transformer sees the first frame's latents in 16 more channels, zeros at first.
+def train_skyreels(hunyuan: HunyuanVideoPipeline, folder: Path, steps: int, rate: float, compiled: bool, rng: np.random.Generator) -> None:
+    """SkyReels from HunyuanVideo: its transformer sees the first frame's latents in 16 more channels, zeros at first; saves `folder`.
 
     A tenth of the captions is empty, as in guidance's other branch.
     """
-    parts = HunyuanVideoPipeline.from_pretrained(hunyuan, dtype=torch.float32).components
+    parts = dict(hunyuan.components)
     weights = parts["transformer"].state_dict()
     parts["transformer"] = transformer = tiny_video_models.hunyuan_transformer(2 * LATENT_CHANNELS)
     kernel = weights["x_embedder.proj.weight"]
@@ -171,8 +203,8 @@ def train_skyreels(folder: Path, hunyuan: Path, steps: int, learning_rate: float
     predict = torch.compile(transformer, dynamic=False) if compiled else transformer
 
     def loss_function() -> torch.Tensor:
-        batch = torch.randint(len(clips), (64,))
-        named = torch.where(torch.rand(64) < EMPTY_SHARE, len(CAPTIONS), redraw(labels[batch]))
+        batch = torch.randint(len(clips), (48,))
+        named = torch.where(torch.rand(48) < EMPTY_SHARE, len(CAPTIONS), redraw(labels[batch]))
         image = torch.cat([first[batch], torch.zeros_like(clips[batch, :, 1:])], dim=2)
         return flow_loss(predict, clips[batch], (states[named], mask[named], pooled[named]), image)
 
@@ -180,7 +212,7 @@ def train_skyreels(folder: Path, hunyuan: Path, steps: int, learning_rate: float
         save_pipeline(pipeline, folder)
         evaluate_skyreels(folder, 2, 0, f"step {step}")
 
-    optimise(loss_function, list(transformer.parameters()), steps, learning_rate, "skyreels", weight_decay=0.01, every=(500, save))
+    optimise(loss_function, list(transformer.parameters()), steps, rate, "skyreels", weight_decay=0.01, every=(500, save))
     save(steps)
 
 
