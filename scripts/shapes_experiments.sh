@@ -44,16 +44,16 @@ sd)
     ;;
 hunyuan)
     family=hunyuan train=video_train.txt heldout=video_heldout.txt evaluated=(motion visual shapes_strict shapes) images=8
-    flags=(--rewards visual motion "${clips[@]}" "${early_noise[@]}" --iterations 60)
+    flags=(--rewards visual motion "${clips[@]}" "${early_noise[@]}" --iterations 40)
     ;;
 hunyuan_image)
     family=hunyuan evaluated=(aesthetic shapes_strict shapes)
-    flags=(--rewards aesthetic "${clips[@]}" "${early_noise[@]}" --num_frames 1 --iterations 60)
+    flags=(--rewards aesthetic "${clips[@]}" "${early_noise[@]}" --num_frames 1 --iterations 40)
     ;;
 skyreels)
     family=skyreels train=i2v_train.jsonl heldout=i2v_heldout.jsonl evaluated=(motion fidelity visual shapes_strict) images=8
     embed=(--height 32 --width 32)
-    flags=(--rewards motion "${clips[@]}" "${early_noise[@]}" --guidance_scale 2 --iterations 60)
+    flags=(--rewards motion "${clips[@]}" "${early_noise[@]}" --guidance_scale 2 --iterations 40)
     ;;
 *) fail "unknown experiment '$experiment': see the head of $0" ;;
 esac
