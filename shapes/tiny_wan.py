@@ -73,6 +73,7 @@ def train_wan_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
     """L1 + L2 reconstruction of clips and pictures, a small pull to the normal distribution; saves `folder` with its latents' moments."""
     clips, pictures = (draw(2000, rng)[0] for draw in (shaky_clips, single_frames))
     vae = wan_vae()
+    begin_with_pictures(vae)
     for parameter in vae.parameters():  # half as fast otherwise
         if parameter.ndim > 3:
             layout = torch.channels_last_3d if parameter.ndim == 5 else torch.channels_last
@@ -103,6 +104,19 @@ def train_wan_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
     optimise(still_loss, list(vae.parameters()), steps // 4, 2e-3, "wan vae, pictures")  # what is quick to learn, where it is cheap
     optimise(loss_function, list(vae.parameters()), steps, 2e-3, "wan vae", every=(500, save))
     save(steps)
+
+
+@torch.no_grad()
+def begin_with_pictures(vae: AutoencoderKLWan) -> None:
+    """Weights that look at no earlier frame, and pass a frame through what changes the number of frames: Wan's began with pictures too."""
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv3d) and module.kernel_size[0] == 3:
+            module.weight[:, :, :-1] = 0
+            if module.kernel_size == (3, 1, 1):
+                channels = torch.arange(module.out_channels)
+                module.weight[:, :, -1] = 0
+                module.weight[channels, channels % module.in_channels, -1] = 1
+                module.bias.zero_()
 
 
 @torch.no_grad()
