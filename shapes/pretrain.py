@@ -49,7 +49,9 @@ PADDING = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
 CLIP_MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 CLIP_STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 
-Stage = Literal["tokenizers", "vae", "clip", "flux", "sd", "video_vae", "video_decoder", "hunyuan", "skyreels", "wan_vae", "wan", "evaluate"]
+Stage = Literal[
+    "tokenizers", "vae", "clip", "flux", "sd", "video_vae", "video_decoder", "hunyuan", "skyreels", "wan_vae", "wan", "evaluate"
+]
 
 
 @dataclass
