@@ -13,10 +13,10 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 from shapes import video, world
 from shapes.checker import aesthetic, check
 from shapes.tiny_models import TEXT_LENGTH, t5_tokenizer
-from shapes.training import optimise
+from shapes.training import half_copy, optimise
 from shapes.video import FRAMES, VIDEO_SPECS
 from shapes.video_evaluation import THINGS, describe, sample
-from shapes.video_training import CAPTIONS, EMPTY_SHARE, SHIFT, flow_loss, redraw, save_pipeline, shaky_clips, single_frames
+from shapes.video_training import CAPTIONS, EMPTY_SHARE, SHIFT, flow_loss, redraw, shaky_clips, single_frames
 
 LATENT_CHANNELS = 16
 BATCH = 72
@@ -157,7 +157,7 @@ def train_wan(folder: Path, steps: int, learning_rate: float, compiled: bool, rn
     tokens = pipeline.tokenizer([*CAPTIONS, ""], padding="max_length", max_length=TEXT_LENGTH, return_tensors="pt")
     mean, std = (torch.tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
     kinds = []
-    for draw, number, in_a_batch in ((shaky_clips, 7200, 48), (single_frames, 2400, 16)):
+    for draw, number, in_a_batch in ((shaky_clips, 4800, 48), (single_frames, 1200, 16)):
         shown, labels = draw(number, rng)
         kinds.append(((encode(vae, shown) - mean) / std, labels, in_a_batch))
     network = torch.compile(transformer, dynamic=False) if compiled else transformer
@@ -175,7 +175,8 @@ def train_wan(folder: Path, steps: int, learning_rate: float, compiled: bool, rn
         return 0.75 * losses[0] + 0.25 * losses[1]
 
     def save(step: int) -> None:
-        save_pipeline(pipeline, folder)
+        halves = {name: half_copy(getattr(pipeline, name)) for name in ("vae", "transformer")}
+        WanPipeline(**pipeline.components | halves).save_pretrained(folder)
         evaluate_wan(folder, 2, 0, f"step {step}")
 
     parameters = [*transformer.parameters(), *text_encoder.parameters()]
