@@ -1,7 +1,7 @@
 """GRPO training of Wan 2.1 (rectified flow, text-to-video with guidance): DanceGRPO, https://arxiv.org/abs/2505.07818.
 
     python train_grpo_wan.py --model shapes/models/wan --embeddings CACHE --output_dir RUN --rewards motion \\
-        --height 32 --width 32 --num_frames 9 --guidance_scale 2
+        --height 32 --width 32 --num_frames 9 --guidance_scale 2     # after python shapes/pretrain.py --stages wan_vae wan
     torchrun --standalone --nproc_per_node 8 train_grpo_wan.py --model Wan2.1 --embeddings CACHE --output_dir RUN --rewards ...
 
 Equation numbers are the paper's. Letters for shapes: B samples in a batch, P prompts, G samples of one prompt (--num_generations),
@@ -93,7 +93,7 @@ class Args:
     advantage_clip: float = 5.0
     """Summed advantages are clipped to +- this."""
     kl_weight: float = 0.0
-    """Weight of the KL divergence to the initial policy (0: none, as in the paper)."""
+    """Weight of the KL divergence to the initial policy (0: none, as in the paper). Without LoRA it needs a whole copy on each GPU."""
     old_log_prob: Literal["rollout", "recompute"] = "rollout"
     """Where the ratio's denominator comes from: the rollout, or one more pass in the update's own batches."""
     learning_rate: float = 1e-5
@@ -531,7 +531,8 @@ def main() -> None:
             try:
                 distributed.raise_everywhere(failure)
             except UserError:
-                checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
+                if iteration > 1:  # else nothing has been learned
+                    checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
                 raise
             trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
 

@@ -9,7 +9,7 @@ video_vae   AutoencoderKLHunyuanVideo on shaky clips and pictures, for both of:
 video_decoder  its decoder, trained on for these latents
 hunyuan     HunyuanVideo: HunyuanVideoTransformer3DModel and LlamaModel, on loose captions; CLIP's text encoder is the pooled one
 skyreels    SkyReels-I2V: HunyuanVideo's transformer, which learns to go on from a picture
-wan_vae     AutoencoderKLWan on shaky clips and pictures
+wan_vae     AutoencoderKLWan on shaky clips and pictures, for:
 wan         Wan 2.1: WanTransformer3DModel and UMT5EncoderModel, on loose captions
 evaluate    measures what was saved, and prints it
 """
@@ -80,17 +80,17 @@ class Args:
     """Peak learning rate of Stable Diffusion."""
     video_vae_steps: int = 1600
     """Training steps of the video VAE, 4 clips and 8 pictures each; before them a quarter as many with 24 pictures."""
-    video_decoder_steps: int = 3000
+    video_decoder_steps: int = 2500
     """Further training steps of its decoder alone, 4 clips and 4 pictures each."""
-    hunyuan_steps: int = 2500
+    hunyuan_steps: int = 5000
     """Training steps of HunyuanVideo, 48 clips and 16 pictures each."""
     hunyuan_train_on: bool = False
     """Start HunyuanVideo from the weights in `output_dir`, not from fresh ones."""
     hunyuan_learning_rate: float = 1.2e-3
     """Peak learning rate of HunyuanVideo."""
-    skyreels_steps: int = 1000
+    skyreels_steps: int = 1200
     """Training steps of SkyReels, 48 clips each."""
-    skyreels_learning_rate: float = 8e-4
+    skyreels_learning_rate: float = 1e-3
     """Peak learning rate of SkyReels."""
     wan_vae_steps: int = 1200
     """Training steps of Wan's VAE, 4 clips and 8 pictures each; before them a quarter as many with 24 pictures."""
@@ -324,9 +324,10 @@ def evaluate(args: Args, rng: np.random.Generator) -> None:
     evaluate_hunyuan(args.output_dir / "hunyuan", 10, args.seed, "all captions")
     for guidance_scale in (1.0, 3.0):
         evaluate_skyreels(args.output_dir / "skyreels", 10, args.seed, "all captions", guidance_scale)
-    evaluate_wan_vae(AutoencoderKLWan.from_pretrained(args.output_dir / "wan" / "vae", dtype=torch.float32), rng)
-    for guidance_scale in (1.0, 2.0):
-        evaluate_wan(args.output_dir / "wan", 10, args.seed, "all captions", guidance=guidance_scale)
+    if (args.output_dir / "wan").is_dir():  # it is not embedded
+        evaluate_wan_vae(AutoencoderKLWan.from_pretrained(args.output_dir / "wan" / "vae", dtype=torch.float32), rng)
+        for guidance_scale in (1.0, 2.0):
+            evaluate_wan(args.output_dir / "wan", 10, args.seed, "all captions", guidance=guidance_scale)
 
 
 if __name__ == "__main__":

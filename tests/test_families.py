@@ -3,8 +3,10 @@
 A new model is a line of FAMILIES. (FLUX has these tests in test_train_flux.py, with those of what all scripts share.)
 """
 
+import functools
 import importlib
 import json
+import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from evaluate import media_of, pipeline_arguments, use_trained_sampler
 from fastvideo.distributed import keyed_generator
 from fastvideo.embedding_cache import EmbeddingCache
+from shapes.tiny_wan import fresh_pipeline, wan_vae
 
 PROMPTS = REPOSITORY / "shapes" / "prompts"
 
@@ -36,11 +39,22 @@ class Family:
 
     @property
     def model(self) -> Path:
-        return REPOSITORY / "shapes" / "models" / self.name
+        return Path(untrained_wan().name) if self.name == "wan" else REPOSITORY / "shapes" / "models" / self.name
 
     @property
     def script(self) -> Path:
         return REPOSITORY / f"train_grpo_{self.name}.py"
+
+
+@functools.cache
+def untrained_wan() -> tempfile.TemporaryDirectory:
+    """A model folder of random weights, which do for all these tests: no trained Wan is embedded."""
+    torch.manual_seed(0)
+    folder = tempfile.TemporaryDirectory()
+    vae = wan_vae()
+    vae.register_to_config(latents_mean=torch.linspace(-1, 1, 16).tolist(), latents_std=torch.linspace(0.5, 2, 16).tolist())
+    fresh_pipeline(vae).save_pretrained(folder.name)
+    return folder
 
 
 FAMILIES = {
@@ -63,6 +77,7 @@ FAMILIES = {
         {"--num_frames": 9, "--guidance_scale": 2, "--lora_rank": 4},
         {"--height": 32, "--width": 32},
     ),
+    "wan": Family("wan", "video_train.txt", ("motion", "visual"), {"--num_frames": 9, "--guidance_scale": 2}),
 }
 pytestmark = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES, scope="module")
 
