@@ -122,7 +122,9 @@ class Args:
 
     def __post_init__(self) -> None:
         parse_rewards(self.rewards)
-        check_numbers(vars(self), {"above 0": f"num_seeds images_per_prompt batch_size {' '.join(SAMPLING)}"})
+        check_numbers(
+            vars(self), {"above 0": f"num_seeds images_per_prompt batch_size {' '.join(SAMPLING)}", "1 or more": "guidance_scale"}
+        )
 
 
 def main() -> None:
@@ -136,6 +138,9 @@ def main() -> None:
     if from_images and "image" not in rows[0]:
         raise UserError(f'--prompts {args.prompts} must be a .jsonl file of objects with a "prompt" and an "image" for {args.model}')
     use_trained_sampler(pipeline, sampling)
+    if "safety_checker" in pipeline.components:  # it would blacken pictures, which training does not do
+        pipeline.safety_checker = None
+        pipeline.register_to_config(requires_safety_checker=False)
     network = "unet" if "unet" in pipeline.components else "transformer"
 
     results: dict[str, Any] = {
@@ -194,7 +199,12 @@ def sampling_settings(args: Args, pipeline: DiffusionPipeline) -> dict[str, Any]
         manifest = args.checkpoint.parent / "manifest.json"
         if not manifest.is_file():
             raise UserError(f"--checkpoint {args.checkpoint} must be the export folder inside a run folder: there is no {manifest}")
-        settings |= json.loads(manifest.read_text())["sampling"]
+        of_run = json.loads(manifest.read_text())["sampling"]
+        if of_run.keys() != known.keys():
+            raise UserError(
+                f"--checkpoint {args.checkpoint} is not of a {type(pipeline).__name__} as --model {args.model} is: see {manifest}"
+            )
+        settings |= of_run
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
     for name in given.keys() - known.keys():
         raise UserError(f"--{name} is not a setting of {type(pipeline).__name__}, which has {', '.join(known)}")
@@ -212,7 +222,7 @@ def use_trained_sampler(pipeline: DiffusionPipeline, sampling: dict[str, Any]) -
         # Before the shift, the times go evenly from 1 to this; WanPipeline leaves them to the scheduler, the others say so themselves.
         pipeline.scheduler.sigma_min = 1 / sampling["sampling_steps"]
     else:
-        pipeline.scheduler = DDIMScheduler.from_config(config, clip_sample=False)
+        pipeline.scheduler = DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
 
 
 def pipeline_arguments(pipeline: DiffusionPipeline, sampling: dict[str, Any], rows: list[dict]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class Args:
     advantage_clip: float = 5.0
     """Summed advantages are clipped to +- this."""
     kl_weight: float = 0.0
-    """Weight of the KL divergence to the initial policy (0: none, as in the paper)."""
+    """Weight of the KL divergence to the initial policy (0: none, as in the paper). Without LoRA it needs a whole copy on each GPU."""
     old_log_prob: Literal["rollout", "recompute"] = "rollout"
     """Where the ratio's denominator comes from: the rollout, or one more pass in the update's own batches."""
     learning_rate: float = 1e-5
@@ -497,7 +497,8 @@ def main() -> None:
             try:
                 distributed.raise_everywhere(failure)
             except UserError:
-                checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
+                if iteration > 1:  # else nothing has been learned
+                    checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
                 raise
             trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
 

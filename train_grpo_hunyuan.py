@@ -94,7 +94,7 @@ class Args:
     advantage_clip: float = 5.0
     """Summed advantages are clipped to +- this."""
     kl_weight: float = 0.0
-    """Weight of the KL divergence to the initial policy (0: none, as in the paper)."""
+    """Weight of the KL divergence to the initial policy (0: none, as in the paper). Without LoRA it needs a whole copy on each GPU."""
     old_log_prob: Literal["rollout", "recompute"] = "rollout"
     """Where the ratio's denominator comes from: the rollout, or one more pass in the update's own batches."""
     learning_rate: float = 1e-5
@@ -238,6 +238,8 @@ def load_models(args: Args, dtype: torch.dtype, device: torch.device) -> tuple[H
 
 def check_size(transformer: HunyuanVideoTransformer3DModel, vae: AutoencoderKLHunyuanVideo, args: Args) -> None:
     """Raises UserError for a size of clips that the VAE and the patches of the transformer do not divide."""
+    if transformer.config.in_channels != vae.config.latent_channels:
+        raise UserError(f"--model {args.model} takes more than latents, as image-to-video does: see train_grpo_skyreels.py")
     scale = vae.config.spatial_compression_ratio * transformer.config.patch_size  # pixels to a token: 16 for HunyuanVideo
     if args.height % scale or args.width % scale:
         raise UserError(f"--height {args.height} and --width {args.width} must be multiples of {scale} for {args.model}")
@@ -521,7 +523,8 @@ def main() -> None:
             try:
                 distributed.raise_everywhere(failure)
             except UserError:
-                checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
+                if iteration > 1:  # else nothing has been learned
+                    checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
                 raise
             trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
 

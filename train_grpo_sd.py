@@ -68,6 +68,8 @@ class Args:
     """Steps from noise to picture (T)."""
     noise_level: float = 1.0
     """Noise of the sampling SDE, epsilon_t in Eq. 7: the paper's Table 6 has 0.3, its released code 1, which is DDPM and the most."""
+    sde_window: tuple[int, int] | None = None
+    """START COUNT: only these transitions are stochastic and trained, DDIM steps elsewhere (default: all but the last)."""
     timestep_fraction: float = 0.6
     """Share of the stochastic transitions that is trained, for each sample (tau)."""
     timestep_selection: Literal["random", "first", "last"] = "random"
@@ -86,7 +88,7 @@ class Args:
     advantage_clip: float = 5.0
     """Summed advantages are clipped to +- this."""
     kl_weight: float = 0.0
-    """Weight of the KL divergence to the initial policy (0: none, as in the paper)."""
+    """Weight of the KL divergence to the initial policy (0: none, as in the paper). Without LoRA it needs a whole copy on each GPU."""
     old_log_prob: Literal["rollout", "recompute"] = "rollout"
     """Where the ratio's denominator comes from: the rollout, or one more pass in the update's own batches."""
     learning_rate: float = 1e-5
@@ -148,6 +150,9 @@ class Args:
         if self.kept_generations % self.updates_per_iteration:
             kept = f"--best_of_n {self.best_of_n}" if self.best_of_n else f"--num_generations {self.num_generations}"
             raise UserError(f"--updates_per_iteration {self.updates_per_iteration} does not divide {kept}")
+        (start, count), most = self.sde_window or (0, self.sampling_steps - 1), self.sampling_steps - 1  # the last is never stochastic
+        if start < 0 or count < 1 or start + count > most:
+            raise UserError(f"--sde_window {start} {count} must lie within the first {most} of --sampling_steps {self.sampling_steps}")
 
     @property
     def kept_generations(self) -> int:
@@ -155,8 +160,9 @@ class Args:
 
     @property
     def stochastic_steps(self) -> range:
-        """Transitions with noise, which alone can be trained. Never the last: what it adds would not reach the decoded x0_hat."""
-        return range(self.sampling_steps - 1)
+        """Transitions with noise, which alone can be trained. Never the last: DDIM has hardly any noise there to tell samples apart."""
+        start, count = self.sde_window or (0, self.sampling_steps - 1)
+        return range(start, start + count)
 
 
 # 2. Sampler ===========================================================================================================
@@ -182,8 +188,10 @@ def time_schedule(num_steps: int, model: Path) -> Schedule:
         scheduler.set_timesteps(num_steps)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"--model: {folder} gives no DDIM schedule of --sampling_steps {num_steps}: {first_line(error)}") from error
-    t, prediction = scheduler.timesteps, scheduler.config.prediction_type
-    s = t - scheduler.config.num_train_timesteps // num_steps  # as DDIM steps; with trailing spacing it need not be the next t
+    t, prediction, most = scheduler.timesteps, scheduler.config.prediction_type, scheduler.config.num_train_timesteps
+    if t.max() >= most or most // 2 < num_steps < most:  # beyond what it was trained on, or starting far from pure noise
+        raise UserError(f"--sampling_steps {num_steps} does not fit the {most} steps of {folder}: use at most {most // 2}")
+    s = t - most // num_steps  # as DDIM steps; with trailing spacing it need not be the next t
     alpha_bar_t = scheduler.alphas_cumprod[t]
     alpha_bar_s = torch.where(s < 0, scheduler.final_alpha_cumprod, scheduler.alphas_cumprod[s.clamp(min=0)])
     if prediction not in ("epsilon", "v_prediction"):
@@ -228,6 +236,10 @@ def load_models(args: Args, dtype: torch.dtype, device: torch.device) -> tuple[U
     """The policy, on the CPU and ready for the engine, and the frozen decoder on `device`."""
     unet = load_pretrained(UNet2DConditionModel, args.model, "unet", torch_dtype=dtype)
     vae = load_pretrained(AutoencoderKL, args.model, "vae", torch_dtype=dtype).to(device).eval().requires_grad_(False)
+    if unet.config.in_channels != vae.config.latent_channels:
+        raise UserError(
+            f"--model: the UNet of {args.model} takes {unet.config.in_channels} channels, not the VAE's {vae.config.latent_channels}"
+        )
     scale = 2 ** (len(vae.config.block_out_channels) + len(unet.config.block_out_channels) - 2)  # to the UNet's coarsest grid: 64 for v1.4
     if args.height % scale or args.width % scale:
         raise UserError(f"--height {args.height} and --width {args.width} must be multiples of {scale} for {args.model}")
@@ -519,7 +531,8 @@ def main() -> None:
             try:
                 distributed.raise_everywhere(failure)
             except UserError:
-                checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
+                if iteration > 1:  # else nothing has been learned
+                    checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
                 raise
             trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
 

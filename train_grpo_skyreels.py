@@ -96,7 +96,7 @@ class Args:
     advantage_clip: float = 5.0
     """Summed advantages are clipped to +- this."""
     kl_weight: float = 0.0
-    """Weight of the KL divergence to the initial policy (0: none, as in the paper)."""
+    """Weight of the KL divergence to the initial policy (0: none, as in the paper). Without LoRA it needs a whole copy on each GPU."""
     old_log_prob: Literal["rollout", "recompute"] = "rollout"
     """Where the ratio's denominator comes from: the rollout, or one more pass in the update's own batches."""
     learning_rate: float = 1e-5
@@ -146,9 +146,9 @@ class Args:
             raise UserError(f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} --rewards")
         self.reward_weights = self.reward_weights or (1.0,) * len(self.rewards)
         rules = {
-            "at least 2": "num_generations sampling_steps",
+            "at least 2": "num_generations sampling_steps num_frames",
             "above 0": "iterations prompts_per_iteration updates_per_iteration height width shift noise_level clip_range advantage_clip "
-            "num_frames learning_rate rollout_batch_size micro_batch_size checkpoint_every keep_checkpoints",
+            "learning_rate rollout_batch_size micro_batch_size checkpoint_every keep_checkpoints",
             "1 or more": "guidance_scale",
             "0 or more": "best_of_n kl_weight weight_decay max_grad_norm lr_warmup_steps lora_rank sample_every",
             "above 0 and at most 1": "timestep_fraction",
@@ -241,6 +241,8 @@ def load_models(args: Args, dtype: torch.dtype, device: torch.device) -> tuple[H
 
 def check_size(transformer: HunyuanVideoTransformer3DModel, vae: AutoencoderKLHunyuanVideo, args: Args) -> None:
     """Raises UserError for a size of clips that the VAE and the patches of the transformer do not divide."""
+    if transformer.config.in_channels != 2 * vae.config.latent_channels:
+        raise UserError(f"--model {args.model} takes no image latents beside its own: see train_grpo_hunyuan.py")
     scale = vae.config.spatial_compression_ratio * transformer.config.patch_size  # pixels to a token: 16 for HunyuanVideo
     if args.height % scale or args.width % scale:
         raise UserError(f"--height {args.height} and --width {args.width} must be multiples of {scale} for {args.model}")
@@ -263,8 +265,8 @@ def load_cond(
     device, dtype = vae.device, transformer.dtype
     cond = {name: tensor.to(device, dtype) for name, tensor in cache.get(prompts).items()}
     if cond["image_latents"].shape[-2:] != latent_shape(transformer, vae, args)[-2:]:
-        made_for = f"--height {cache.fingerprint['height']} --width {cache.fingerprint['width']}"
-        raise UserError(f"{cache.path} holds images for {made_for}, not for --height {args.height} --width {args.width}")
+        made = f"{cache.fingerprint['height']} x {cache.fingerprint['width']}"
+        raise UserError(f"{cache.path} holds images of {made} pixels, not of --height {args.height} x --width {args.width}")
     if args.guidance_scale != 1:
         empty = cache.get([cache.unconditional] * len(prompts))
         cond |= {f"negative_{name}": tensor.to(device, dtype) for name, tensor in empty.items() if name != "image_latents"}
@@ -280,22 +282,17 @@ def predict(transformer: torch.nn.Module, z_t: torch.Tensor, t: torch.Tensor, co
     With guidance (the paper's appendix C) both branches, which share the image, are one batch of 2 B, and gradients flow through both.
     """
     image = F.pad(cond["image_latents"], (0, 0, 0, 0, 0, z_t.shape[2] - 1))  # zeros for all frames but the first
-    inputs = {
-        "hidden_states": torch.cat([z_t.to(image.dtype), image], dim=1),
-        "timestep": 1000 * t,
-        "encoder_hidden_states": cond["prompt_embeds"],
-        "encoder_attention_mask": cond["prompt_attention_mask"],
-        "pooled_projections": cond["pooled_prompt_embeds"],
+    inputs = {"hidden_states": torch.cat([z_t.to(image.dtype), image], dim=1), "timestep": 1000 * t}
+    inputs |= {"guidance": cond["guidance"]} if "guidance" in cond else {}
+    text = {
+        "encoder_hidden_states": "prompt_embeds",
+        "encoder_attention_mask": "prompt_attention_mask",
+        "pooled_projections": "pooled_prompt_embeds",
     }
-    if "guidance" in cond:
-        inputs["guidance"] = cond["guidance"]
+    inputs |= {name: cond[embedding] for name, embedding in text.items()}
     if "guidance_scale" not in cond:
         return transformer(**inputs, return_dict=False)[0].float()
-    negative = inputs | {
-        "encoder_hidden_states": cond["negative_prompt_embeds"],
-        "encoder_attention_mask": cond["negative_prompt_attention_mask"],
-        "pooled_projections": cond["negative_pooled_prompt_embeds"],
-    }
+    negative = inputs | {name: cond[f"negative_{embedding}"] for name, embedding in text.items()}
     both = transformer(**{name: torch.cat([negative[name], inputs[name]]) for name in inputs}, return_dict=False)[0].float()
     u_negative, u_positive = both.chunk(2)
     return u_negative + cond["guidance_scale"] * (u_positive - u_negative)
@@ -546,7 +543,8 @@ def main() -> None:
             try:
                 distributed.raise_everywhere(failure)
             except UserError:
-                checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
+                if iteration > 1:  # else nothing has been learned
+                    checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
                 raise
             trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
 

@@ -40,7 +40,8 @@ def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: 
     dist.barrier()
     if ranks.is_main:
         sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in temporary.rglob("*") if path.is_file()}
-        state = {"iteration": iteration, "world_size": ranks.world_size, "zero_stage": engine.zero_optimization_stage(), "files": sizes}
+        state = {"iteration": iteration, "world_size": ranks.world_size, "zero_stage": engine.zero_optimization_stage()}
+        state |= {"dtype": str(engine.module.dtype), "files": sizes}
         (temporary / "state.json").write_text(json.dumps(state, indent=2))
         rename_folder(temporary, folder / name)
         with whole_file(folder / "latest") as path:
@@ -94,8 +95,9 @@ def load(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path, ranks: Rank
     for key, flag, now in (
         ("world_size", "number of processes", ranks.world_size),
         ("zero_stage", "--zero_stage", engine.zero_optimization_stage()),
+        ("dtype", "--dtype", str(engine.module.dtype)),
     ):
-        if state[key] != now:
+        if state.get(key, now) != now:
             raise UserError(f"checkpoint {checkpoint} was saved with {flag} {state[key]} and cannot be resumed with {now}")
     ema_file = f"ema_{ranks.rank:05d}.safetensors"
     if (ema is not None) != (ema_file in state["files"]):

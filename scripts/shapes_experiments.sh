@@ -10,7 +10,7 @@
 #   sd                 Stable Diffusion with guidance: the taste
 #   hunyuan            HunyuanVideo: form and motion of clips
 #   hunyuan_image      HunyuanVideo with one frame: the taste
-#   skyreels           SkyReels-I2V with guidance: motion of clips from given first frames
+#   skyreels           SkyReels-I2V with guidance: motion of clips, and fidelity to their given first frames
 #
 # PROCESSES=1 runs on one process: the same numbers up to rounding.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
@@ -53,7 +53,7 @@ hunyuan_image)
 skyreels)
     family=skyreels train=i2v_train.jsonl heldout=i2v_heldout.jsonl evaluated=(motion fidelity visual shapes_strict) images=8
     embed=(--height 32 --width 32)
-    flags=(--rewards motion "${clips[@]}" "${early_noise[@]}" --guidance_scale 2 --iterations 40)
+    flags=(--rewards motion fidelity "${clips[@]}" "${early_noise[@]}" --guidance_scale 2 --learning_rate 3e-4 --iterations 40)
     ;;
 *) fail "unknown experiment '$experiment': see the head of $0" ;;
 esac

@@ -2,7 +2,7 @@
 # HunyuanVideo text-to-video with the paper's settings: 480 x 480, 53 frames, 64 GPUs (8 nodes of 8); best and worst 4 of 24 samples, as
 # released; 64 prompts an iteration, not 32, since all samples of a prompt are made by one GPU. Needs the embedding cache of
 # scripts/preprocess_hunyuan.sh. Not yet run on GPUs by us: memory and batch sizes are estimates, and the paper's video reward (VideoAlign) is
-# not there yet: REWARDS names any that scores clips.
+# not there yet: REWARDS names any that scores clips (docs/rewards.md has how to write one).
 #
 #   MODEL=models/HunyuanVideo EMBEDDINGS=runs/embeddings/hunyuan REWARDS=motion bash scripts/train_hunyuan.sh --output_dir runs/hunyuan
 #

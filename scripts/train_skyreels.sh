@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # SkyReels-V1-I2V image-to-video with the paper's settings: 32 prompts of 8 samples at 640 x 400, 53 frames, on 32 GPUs (4 nodes of 8). Needs the
 # embedding cache of scripts/preprocess_skyreels.sh. Not yet run on GPUs by us: memory and batch sizes are estimates, and the paper's reward
-# (VideoAlign's motion quality) is not there yet: REWARDS names any that scores clips.
+# (VideoAlign's motion quality) is not there yet: REWARDS names any that scores clips (docs/rewards.md has how to write one).
 #
 #   MODEL=models/SkyReels-V1-I2V EMBEDDINGS=runs/embeddings/skyreels REWARDS=motion bash scripts/train_skyreels.sh --output_dir runs/skyreels
 #

@@ -80,6 +80,11 @@ def test_scores_do_not_depend_on_the_batch_and_take_any_size_and_text():
     assert reward(media, [{"prompt": "a very long text about nothing that any shape could show, 猫 " * 5}] * 5).isfinite().all()
 
 
+def test_clips_are_refused():
+    with pytest.raises(UserError, match=r"clip scores pictures .* not clips of shape \(2, 3, 9, 32, 32\)"):
+        load_clip(str(CLIP_FOLDER), CPU)(torch.zeros(2, 3, 9, 32, 32), [{"prompt": "a red circle"}] * 2)
+
+
 def test_no_path_and_missing_folder_are_errors():
     with pytest.raises(UserError, match="clip=FOLDER"):
         load_clip(None, CPU)

@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from evaluate import media_of, pipeline_arguments, use_trained_sampler
-from fastvideo.distributed import keyed_generator
+from fastvideo.distributed import UserError, keyed_generator
 from fastvideo.embedding_cache import EmbeddingCache
 from shapes.tiny_wan import fresh_pipeline, wan_vae
 
@@ -216,3 +216,25 @@ def test_the_export_is_evaluated_with_the_runs_settings(run, family, cache, tmp_
     assert results["base"].keys() == results["trained"].keys() == set(family.rewards)
     assert any(results["base"][name] != results["trained"][name] for name in family.rewards)
     assert (tmp_path / "evaluation" / "samples.png").is_file()
+
+
+OTHER_KIND = {"hunyuan": "skyreels", "skyreels": "hunyuan"}
+
+
+def test_a_folder_of_the_other_kind_is_refused(family, cache):
+    """Their encoders may be the same, so that nothing else would notice."""
+    if family.name not in OTHER_KIND:
+        pytest.skip("has no sibling of the same classes")
+    module = importlib.import_module(family.script.stem)
+    model = REPOSITORY / "shapes" / "models" / OTHER_KIND[family.name]
+    args = module.Args(model=model, embeddings=cache, output_dir=cache, rewards=family.rewards, height=32, width=32)
+    with pytest.raises(UserError, match=f"see train_grpo_{OTHER_KIND[family.name]}.py"):
+        module.load_models(args, torch.float32, torch.device("cpu"))
+
+
+def test_a_checkpoint_of_another_family_is_refused(run, family, cache, tmp_path):
+    flags = {"--model": REPOSITORY / "shapes" / "models" / "flux", "--checkpoint": run / "export", "--rewards": "aesthetic"}
+    flags |= {"--prompts": PROMPTS / "train.txt", "--output_dir": tmp_path / "evaluation"}
+    result = run_script(EVALUATE, flags, log=tmp_path / "log")
+    assert result.returncode == 2
+    assert "is not of a FluxPipeline" in result.stderr

@@ -144,6 +144,7 @@ def test_resume_never_refuses_a_folder_with_a_run(train, finished_run, tmp_path)
         ({}, 2, "was saved with number of processes 1 and cannot be resumed with 2"),
         ({"--zero_stage": 1}, 1, "was saved with --zero_stage 2 and cannot be resumed with 1"),
         ({"--ema_decay": 0}, 1, "was saved with EMA and cannot be resumed without it: see --ema_decay"),
+        ({"--dtype": "bfloat16"}, 1, "was saved with --dtype torch.float32 and cannot be resumed with torch.bfloat16"),
     ],
 )
 def test_checkpoint_of_another_layout_is_refused(train, finished_run, flags, processes, message):

@@ -122,6 +122,8 @@ def test_v_prediction_becomes_epsilon(tmp_path):
         ({"prediction_type": "sample"}, 10, "has prediction_type 'sample', but epsilon and v_prediction"),
         ({"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}, 10, "leaves no signal at the first step"),
         ({}, 1001, "gives no DDIM schedule of --sampling_steps 1001"),
+        ({}, 600, "--sampling_steps 600 does not fit the 1000 steps of .*: use at most 500"),
+        ({"steps_offset": 1}, 1000, "--sampling_steps 1000 does not fit"),
     ],
 )
 def test_schedules_that_are_refused(tmp_path, settings, steps, message):

@@ -18,6 +18,8 @@ def load_clip(path: str | None, device: torch.device) -> Callable[[torch.Tensor,
 
     @torch.no_grad()
     def reward(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
+        if media.ndim != 4:
+            raise UserError(f"clip scores pictures (B, 3, H, W), not clips of shape {tuple(media.shape)}")
         prompts = [row["prompt"] for row in rows]
         tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").to(device)
         text = model.get_text_features(**tokens).pooler_output
