@@ -16,7 +16,7 @@ from shapes.tiny_models import TEXT_LENGTH, t5_tokenizer
 from shapes.training import half_copy, optimise
 from shapes.video import FRAMES, VIDEO_SPECS
 from shapes.video_evaluation import THINGS, describe, sample
-from shapes.video_training import CAPTIONS, EMPTY_SHARE, SHIFT, flow_loss, redraw, shaky_clips, single_frames
+from shapes.video_training import CAPTIONS, EMPTY_SHARE, SHIFT, fit_video_vae, flow_loss, redraw, shaky_clips, single_frames
 
 LATENT_CHANNELS = 16
 BATCH = 72
@@ -70,8 +70,7 @@ def fresh_pipeline(vae: AutoencoderKLWan) -> WanPipeline:
 
 
 def train_wan_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
-    """L1 + L2 reconstruction of clips and pictures, a small pull to the normal distribution; saves `folder` with its latents' moments."""
-    clips, pictures = (draw(2000, rng)[0] for draw in (shaky_clips, single_frames))
+    """Wan's VAE, saved in `folder` with its latents' moments."""
     vae = wan_vae()
     begin_with_pictures(vae)
     for parameter in vae.parameters():  # half as fast otherwise
@@ -79,21 +78,8 @@ def train_wan_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
             layout = torch.channels_last_3d if parameter.ndim == 5 else torch.channels_last
             parameter.data = parameter.data.contiguous(memory_format=layout)
 
-    def loss_of(x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous(memory_format=torch.channels_last_3d)
-        posterior = vae.encode(x).latent_dist
-        y = vae.decode(posterior.sample()).sample
-        divergence = 0.5 * (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean()
-        return (y - x).abs().mean() + 2 * (y - x).square().mean() + 1e-3 * divergence
-
-    def still_loss() -> torch.Tensor:
-        return loss_of(pictures[torch.randint(len(pictures), (24,))])
-
-    def loss_function() -> torch.Tensor:
-        return loss_of(clips[torch.randint(len(clips), (4,))]) + 0.3 * loss_of(pictures[torch.randint(len(pictures), (8,))])
-
-    def save(step: int) -> None:
-        latents = encode(vae, clips[:500])
+    def save(clips: torch.Tensor) -> None:
+        latents = encode(vae, clips)
         moments = {"latents_mean": latents.mean((0, 2, 3, 4)).tolist(), "latents_std": latents.std((0, 2, 3, 4)).tolist()}
         trained = wan_vae()
         trained.load_state_dict(vae.state_dict())
@@ -101,9 +87,7 @@ def train_wan_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
         trained.half().save_pretrained(folder)
         evaluate_wan_vae(AutoencoderKLWan.from_pretrained(folder, dtype=torch.float32), np.random.default_rng(0), 144)
 
-    optimise(still_loss, list(vae.parameters()), steps // 4, 2e-3, "wan vae, pictures")  # what is quick to learn, where it is cheap
-    optimise(loss_function, list(vae.parameters()), steps, 2e-3, "wan vae", every=(500, save))
-    save(steps)
+    fit_video_vae(vae, "wan vae", steps, rng, save)
 
 
 @torch.no_grad()

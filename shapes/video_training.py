@@ -11,7 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLHunyuanVideo, DiffusionPipeline, HunyuanSkyreelsImageToVideoPipeline, HunyuanVideoPipeline, ModelMixin
+from diffusers import (
+    AutoencoderKLHunyuanVideo,
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    HunyuanSkyreelsImageToVideoPipeline,
+    HunyuanVideoPipeline,
+    ModelMixin,
+)
 from transformers import LlamaModel
 
 from shapes import tiny_models, tiny_video_models, video, world
@@ -75,13 +82,14 @@ def latents_of(
     return latents, first, labels
 
 
-def train_video_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
-    """L1 + L2 reconstruction of clips and pictures, a small pull to the normal distribution; saves `folder`.
+def fit_video_vae(
+    vae: AutoencoderKLHunyuanVideo | AutoencoderKLWan, name: str, steps: int, rng: np.random.Generator, save: Callable[[torch.Tensor], None]
+) -> None:
+    """L1 + L2 reconstruction of clips and pictures, and a small pull to the normal distribution.
 
-    HunyuanVideo knows a scale of latents, but no shift: their mean moves into the convolutions on either side of them.
+    `save(clips)` is called every 500 steps and at the end, with clips to measure the latents' moments on.
     """
     clips, pictures = shaky_clips(2000, rng)[0], single_frames(2000, rng)[0]
-    vae = tiny_video_models.video_vae().to(memory_format=torch.channels_last_3d)
 
     def loss_of(x: torch.Tensor) -> torch.Tensor:
         x = x.contiguous(memory_format=torch.channels_last_3d)
@@ -96,10 +104,19 @@ def train_video_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
     def loss_function() -> torch.Tensor:
         return loss_of(clips[torch.randint(len(clips), (4,))]) + 0.3 * loss_of(pictures[torch.randint(len(pictures), (8,))])
 
-    def save(step: int) -> None:
+    optimise(still_loss, list(vae.parameters()), steps // 4, 2e-3, f"{name}, pictures")  # what is quick to learn, where it is cheap
+    optimise(loss_function, list(vae.parameters()), steps, 2e-3, name, every=(500, lambda step: save(clips[:500])))
+    save(clips[:500])
+
+
+def train_video_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
+    """HunyuanVideo's VAE, saved in `folder`. It knows a scale of latents, but no shift: their mean moves into neighbouring convolutions."""
+    vae = tiny_video_models.video_vae().to(memory_format=torch.channels_last_3d)
+
+    def save(clips: torch.Tensor) -> None:
         trained = copy.deepcopy(vae).to(memory_format=torch.contiguous_format)
         with torch.no_grad():
-            latents = trained.encode(clips[:500]).latent_dist.mode()
+            latents = trained.encode(clips).latent_dist.mode()
             mean = latents.mean((0, 2, 3, 4))
             trained.quant_conv.bias[:LATENT_CHANNELS] -= mean
             trained.quant_conv.bias[LATENT_CHANNELS:] -= 4  # the noise has done its work: a seventh of it is left
@@ -108,9 +125,7 @@ def train_video_vae(folder: Path, steps: int, rng: np.random.Generator) -> None:
         trained.half().save_pretrained(folder)
         evaluate_video_vae(AutoencoderKLHunyuanVideo.from_pretrained(folder), np.random.default_rng(0), 144)
 
-    optimise(still_loss, list(vae.parameters()), steps // 4, 2e-3, "video vae, pictures")  # what is quick to learn, where it is cheap
-    optimise(loss_function, list(vae.parameters()), steps, 2e-3, "video vae", every=(500, save))
-    save(steps)
+    fit_video_vae(vae, "video vae", steps, rng, save)
 
 
 def train_video_decoder(folder: Path, steps: int, rng: np.random.Generator) -> None:
