@@ -10,6 +10,7 @@
 #   sd                 Stable Diffusion with guidance: the taste
 #   hunyuan            HunyuanVideo: form and motion of clips
 #   hunyuan_image      HunyuanVideo with one frame: the taste
+#   wan                Wan with guidance: form and motion of clips
 #   skyreels           SkyReels-I2V with guidance: motion of clips, and fidelity to their given first frames
 #
 # PROCESSES=1 runs on one process: the same numbers up to rounding.
@@ -49,6 +50,10 @@ hunyuan)
 hunyuan_image)
     family=hunyuan evaluated=(aesthetic shapes_strict shapes)
     flags=(--rewards aesthetic "${clips[@]}" "${early_noise[@]}" --num_frames 1 --iterations 40)
+    ;;
+wan)
+    family=wan train=video_train.txt heldout=video_heldout.txt evaluated=(motion visual shapes_strict shapes) images=8
+    flags=(--rewards visual motion "${clips[@]}" "${early_noise[@]}" --guidance_scale 2 --iterations 40)
     ;;
 skyreels)
     family=skyreels train=i2v_train.jsonl heldout=i2v_heldout.jsonl evaluated=(motion fidelity visual shapes_strict) images=8

@@ -94,7 +94,7 @@ class Args:
     """Peak learning rate of SkyReels."""
     wan_vae_steps: int = 1200
     """Training steps of Wan's VAE, 4 clips and 8 pictures each; before them a quarter as many with 24 pictures."""
-    wan_steps: int = 4000
+    wan_steps: int = 1800
     """Training steps of Wan, 48 clips and 16 pictures each."""
     wan_learning_rate: float = 1.2e-3
     """Peak learning rate of Wan."""
@@ -324,10 +324,9 @@ def evaluate(args: Args, rng: np.random.Generator) -> None:
     evaluate_hunyuan(args.output_dir / "hunyuan", 10, args.seed, "all captions")
     for guidance_scale in (1.0, 3.0):
         evaluate_skyreels(args.output_dir / "skyreels", 10, args.seed, "all captions", guidance_scale)
-    if (args.output_dir / "wan").is_dir():  # it is not embedded
-        evaluate_wan_vae(AutoencoderKLWan.from_pretrained(args.output_dir / "wan" / "vae", dtype=torch.float32), rng)
-        for guidance_scale in (1.0, 2.0):
-            evaluate_wan(args.output_dir / "wan", 10, args.seed, "all captions", guidance=guidance_scale)
+    evaluate_wan_vae(AutoencoderKLWan.from_pretrained(args.output_dir / "wan" / "vae", dtype=torch.float32), rng)
+    for guidance_scale in (1.0, 2.0):
+        evaluate_wan(args.output_dir / "wan", 10, args.seed, "all captions", guidance=guidance_scale)
 
 
 if __name__ == "__main__":

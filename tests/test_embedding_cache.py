@@ -334,7 +334,7 @@ def test_two_processes_write_the_same_shards_and_stop_together(ranks, tmp_path):
     (tmp_path / "writer.py").write_text(WRITER)
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", tmp_path / "writer.py"]
-    subprocess.run([*command, tmp_path / "two"], env=environment, check=True, timeout=60)
+    subprocess.run([*command, tmp_path / "two"], env=environment, check=True, timeout=180)
     write_cache(tmp_path / "one", ROWS, encode, FINGERPRINT, ranks, shard_size=2, batch_size=2)
     for path in (tmp_path / "one").glob("shard-*"):
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
@@ -343,7 +343,7 @@ def test_two_processes_write_the_same_shards_and_stop_together(ranks, tmp_path):
     shutil.copy(
         tmp_path / "one" / "shard-00002-of-00004.safetensors", tmp_path / "two" / "shard-00001-of-00004.safetensors"
     )  # rank 1's share
-    output = subprocess.run([*command, tmp_path / "two"], env=environment, capture_output=True, text=True, timeout=60)
+    output = subprocess.run([*command, tmp_path / "two"], env=environment, capture_output=True, text=True, timeout=180)
     assert output.returncode != 0
     assert output.stderr.count("shard-00001-of-00004.safetensors holds other prompts") == 1, output.stderr
 

@@ -1,12 +1,10 @@
-"""Stable Diffusion, HunyuanVideo, SkyReels: each from prompts to an evaluated export, a ratio of 1, and noise 0 as in its pipeline.
+"""Stable Diffusion, HunyuanVideo, SkyReels, Wan: each from prompts to an evaluated export, a ratio of 1, and noise 0 as in its pipeline.
 
 A new model is a line of FAMILIES. (FLUX has these tests in test_train_flux.py, with those of what all scripts share.)
 """
 
-import functools
 import importlib
 import json
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +17,6 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from evaluate import media_of, pipeline_arguments, use_trained_sampler
 from fastvideo.distributed import UserError, keyed_generator
 from fastvideo.embedding_cache import EmbeddingCache
-from shapes.tiny_wan import fresh_pipeline, wan_vae
 
 PROMPTS = REPOSITORY / "shapes" / "prompts"
 
@@ -39,22 +36,11 @@ class Family:
 
     @property
     def model(self) -> Path:
-        return Path(untrained_wan().name) if self.name == "wan" else REPOSITORY / "shapes" / "models" / self.name
+        return REPOSITORY / "shapes" / "models" / self.name
 
     @property
     def script(self) -> Path:
         return REPOSITORY / f"train_grpo_{self.name}.py"
-
-
-@functools.cache
-def untrained_wan() -> tempfile.TemporaryDirectory:
-    """A model folder of random weights, which do for all these tests: no trained Wan is embedded."""
-    torch.manual_seed(0)
-    folder = tempfile.TemporaryDirectory()
-    vae = wan_vae()
-    vae.register_to_config(latents_mean=torch.linspace(-1, 1, 16).tolist(), latents_std=torch.linspace(0.5, 2, 16).tolist())
-    fresh_pipeline(vae).save_pretrained(folder.name)
-    return folder
 
 
 FAMILIES = {
