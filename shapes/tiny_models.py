@@ -9,6 +9,16 @@ from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPToken
 
 from shapes.world import SIZE, all_specs, caption
 
+T5_SIZES = {
+    "d_model": 64,
+    "d_kv": 16,
+    "d_ff": 128,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 16,
+    "relative_attention_max_distance": 16,
+    "dropout_rate": 0.0,
+}
 TEXT_LENGTH = 16  # tokens; the longest caption needs 10
 
 
@@ -73,21 +83,7 @@ def clip_image_processor() -> CLIPImageProcessorPil:
 
 def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
     """0.09 M parameters, 64 wide. FLUX gives all text tokens one position, so what it knows of their order comes from here."""
-    return T5EncoderModel(
-        T5Config(
-            vocab_size=len(tokenizer),
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            relative_attention_num_buckets=16,
-            relative_attention_max_distance=16,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-        )
-    )
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", decoder_start_token_id=0, **T5_SIZES))
 
 
 def image_vae() -> AutoencoderKL:

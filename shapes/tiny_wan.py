@@ -12,7 +12,7 @@ from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
 from shapes import video, world
 from shapes.checker import aesthetic, check
-from shapes.tiny_models import TEXT_LENGTH, t5_tokenizer
+from shapes.tiny_models import T5_SIZES, TEXT_LENGTH, t5_tokenizer
 from shapes.training import half_copy, optimise
 from shapes.video import FRAMES, VIDEO_SPECS
 from shapes.video_evaluation import THINGS, describe, sample
@@ -38,19 +38,7 @@ def wan_vae() -> AutoencoderKLWan:
 
 def umt5(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
     """0.09 M parameters, 64 wide."""
-    return UMT5EncoderModel(
-        UMT5Config(
-            vocab_size=len(tokenizer),
-            d_model=64,
-            d_kv=16,
-            d_ff=128,
-            num_layers=2,
-            num_heads=4,
-            relative_attention_num_buckets=16,
-            relative_attention_max_distance=16,
-            dropout_rate=0.0,
-        )
-    )
+    return UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **T5_SIZES))
 
 
 def wan_transformer() -> WanTransformer3DModel:
