@@ -124,9 +124,9 @@ def test_ratio_is_1_before_the_first_update(policy, family, rollout_batch_size, 
     assert max(deviations) < 1e-6
 
 
-def test_noise_0_is_diffusers_pipeline(policy, family, monkeypatch):
-    """The same latents and clips as the whole pipeline, text encoders and all, gives with evaluate.py's settings."""
-    module, args, transformer, vae, cache, schedule = policy
+def assert_noise_0_is_the_pipeline(policy, family, transformer, monkeypatch) -> None:
+    """The same latents and media as the whole pipeline, text encoders and all, gives with `transformer` and evaluate.py's settings."""
+    module, args, _, vae, cache, schedule = policy
     rows = cache.rows[:3]
     z_1 = initial_noise(module, transformer, vae, args, 3)
     cond = module.load_cond(cache, [0, 1, 2], transformer, vae, args)
@@ -136,6 +136,7 @@ def test_noise_0_is_diffusers_pipeline(policy, family, monkeypatch):
         media = module.decode(vae, latents, args)
 
     pipeline = DiffusionPipeline.from_pretrained(family.model, dtype=torch.float32)
+    setattr(pipeline, family.network, transformer)  # given to from_pretrained, Wan's would be ignored
     pipeline.set_progress_bar_config(disable=True)
     sampling = {name: (vars(args) | cache.fingerprint)[name] for name in module.SAMPLING}
     use_trained_sampler(pipeline, sampling)
@@ -144,10 +145,14 @@ def test_noise_0_is_diffusers_pipeline(policy, family, monkeypatch):
     arguments = pipeline_arguments(pipeline, sampling, rows) | {"latents": z_1}
     expected = media_of(pipeline(**arguments), sampling)
     final = pipeline(**arguments | {"output_type": "latent"})
-    torch.testing.assert_close(latents, getattr(final, "images", None) if "images" in final else final.frames, atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents, final.images if "images" in final else final.frames, atol=1e-4, rtol=0)
     assert media.shape == expected.shape
     torch.testing.assert_close(media, expected, atol=1e-4, rtol=0)
     assert media.std() > 0.05  # a picture, not a constant
+
+
+def test_noise_0_is_diffusers_pipeline(policy, family, monkeypatch):
+    assert_noise_0_is_the_pipeline(policy, family, policy[2], monkeypatch)
 
 
 def test_what_stands_in_padded_text_changes_nothing(policy, family):
@@ -190,6 +195,11 @@ def test_training_moves_the_weights(run, family):
     assert largest_difference(exported, weights_of(family.model / family.network)) > 1e-5
     assert (run / "samples" / "iteration_000002.png").is_file()
     assert len(list((run / "samples").glob("*.mp4"))) == (8 if family.flags.get("--num_frames", 1) > 1 else 0)
+
+
+def test_the_export_in_diffusers_pipeline_is_our_sampler(policy, run, family, monkeypatch):
+    exported = type(policy[2]).from_pretrained(run / "export", subfolder=family.network)
+    assert_noise_0_is_the_pipeline(policy, family, exported, monkeypatch)
 
 
 def test_the_export_is_evaluated_with_the_runs_settings(run, family, cache, tmp_path):
