@@ -423,7 +423,7 @@ def main() -> None:
     rewards = load_rewards(parse_rewards(args.rewards), device)
     weights = dict(zip(rewards, args.reward_weights, strict=True))
     transformer, vae = load_models(args, dtype, device)
-    load_cond(cache, [0], transformer, vae, args)  # a cache that does not fit is refused now, before the engine is built
+    distributed.together(lambda: load_cond(cache, [0], transformer, vae, args))  # a cache that does not fit is refused now
     reference = copy.deepcopy(transformer).requires_grad_(False) if args.kl_weight and not args.lora_rank else None
     local_prompts = P // ranks.world_size
     steps_trained = select_timesteps([torch.Generator()], len(args.stochastic_steps), args.timestep_fraction).shape[1]

@@ -261,8 +261,8 @@ def load_cond(cache: EmbeddingCache, prompts: list[int], unet: UNet2DConditionMo
     """What the network is given of each prompt, as tensors with the prompts in front: its embeddings, and guidance by the empty prompt."""
     cond = {"prompt_embeds": cache.get(prompts)["prompt_embeds"].to(vae.device, unet.dtype)}
     if args.guidance_scale != 1:
-        empty = cache.get([cache.unconditional] * len(prompts))
-        cond["negative_prompt_embeds"] = empty["prompt_embeds"].to(vae.device, unet.dtype)
+        empty = cache.get([cache.unconditional])
+        cond["negative_prompt_embeds"] = empty["prompt_embeds"].to(vae.device, unet.dtype).expand_as(cond["prompt_embeds"])
         cond["guidance_scale"] = torch.full((len(prompts), 1, 1, 1), args.guidance_scale, device=vae.device)
     return cond
 
@@ -457,7 +457,7 @@ def main() -> None:
     rewards = load_rewards(parse_rewards(args.rewards), device)
     weights = dict(zip(rewards, args.reward_weights, strict=True))
     unet, vae = load_models(args, dtype, device)
-    load_cond(cache, [0], unet, vae, args)  # a cache that does not fit is refused now, before the engine is built
+    distributed.together(lambda: load_cond(cache, [0], unet, vae, args))  # a cache that does not fit is refused now
     reference = copy.deepcopy(unet).requires_grad_(False) if args.kl_weight and not args.lora_rank else None
     local_prompts = P // ranks.world_size
     steps_trained = select_timesteps([torch.Generator()], len(args.stochastic_steps), args.timestep_fraction).shape[1]

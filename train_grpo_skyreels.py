@@ -268,8 +268,10 @@ def load_cond(
         made = f"{cache.fingerprint['height']} x {cache.fingerprint['width']}"
         raise UserError(f"{cache.path} holds images of {made} pixels, not of --height {args.height} x --width {args.width}")
     if args.guidance_scale != 1:
-        empty = cache.get([cache.unconditional] * len(prompts))
-        cond |= {f"negative_{name}": tensor.to(device, dtype) for name, tensor in empty.items() if name != "image_latents"}
+        empty = cache.get([cache.unconditional])
+        cond |= {
+            f"negative_{name}": tensor.to(device, dtype).expand_as(cond[name]) for name, tensor in empty.items() if name != "image_latents"
+        }
         cond["guidance_scale"] = torch.full((len(prompts), 1, 1, 1, 1), args.guidance_scale, device=device)
     if transformer.config.guidance_embeds:
         cond["guidance"] = torch.full((len(prompts),), 1000 * args.embedded_guidance, device=device)
@@ -469,7 +471,7 @@ def main() -> None:
     rewards = load_rewards(parse_rewards(args.rewards), device)
     weights = dict(zip(rewards, args.reward_weights, strict=True))
     transformer, vae = load_models(args, dtype, device)
-    load_cond(cache, [0], transformer, vae, args)  # a cache that does not fit is refused now, before the engine is built
+    distributed.together(lambda: load_cond(cache, [0], transformer, vae, args))  # a cache that does not fit is refused now
     reference = copy.deepcopy(transformer).requires_grad_(False) if args.kl_weight and not args.lora_rank else None
     local_prompts = P // ranks.world_size
     steps_trained = select_timesteps([torch.Generator()], len(args.stochastic_steps), args.timestep_fraction).shape[1]

@@ -260,8 +260,8 @@ def load_cond(cache: EmbeddingCache, prompts: list[int], transformer: WanTransfo
     device, dtype = vae.device, transformer.dtype
     cond = {name: tensor.to(device, dtype) for name, tensor in cache.get(prompts).items()}
     if args.guidance_scale != 1:
-        empty = cache.get([cache.unconditional] * len(prompts))
-        cond |= {f"negative_{name}": tensor.to(device, dtype) for name, tensor in empty.items()}
+        empty = cache.get([cache.unconditional])
+        cond |= {f"negative_{name}": tensor.to(device, dtype).expand_as(cond[name]) for name, tensor in empty.items()}
         cond["guidance_scale"] = torch.full((len(prompts), 1, 1, 1, 1), args.guidance_scale, device=device)
     return cond
 
@@ -457,7 +457,7 @@ def main() -> None:
     rewards = load_rewards(parse_rewards(args.rewards), device)
     weights = dict(zip(rewards, args.reward_weights, strict=True))
     transformer, vae = load_models(args, dtype, device)
-    load_cond(cache, [0], transformer, vae, args)  # a cache that does not fit is refused now, before the engine is built
+    distributed.together(lambda: load_cond(cache, [0], transformer, vae, args))  # a cache that does not fit is refused now
     reference = copy.deepcopy(transformer).requires_grad_(False) if args.kl_weight and not args.lora_rank else None
     local_prompts = P // ranks.world_size
     steps_trained = select_timesteps([torch.Generator()], len(args.stochastic_steps), args.timestep_fraction).shape[1]
