@@ -27,17 +27,34 @@ class Ranks:
     """This process's place among all processes.
 
     rank: 0 to world_size - 1.
-    world_size: number of processes; each holds its own share of an iteration's prompts.
+    world_size: number of processes.
     device: the device this process computes on.
+    sp_size: neighbouring processes that compute each sample together, by sequence parallelism. Such a group holds the same prompts,
+        noise and rewards; each of the dp_size groups has its own share of an iteration's prompts.
+    sp_group: this process's group for that, None if sp_size is 1.
     """
 
     rank: int
     world_size: int
     device: torch.device
+    sp_size: int = 1
+    sp_group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def sp_rank(self) -> int:
+        return self.rank % self.sp_size
+
+    @property
+    def dp_rank(self) -> int:
+        return self.rank // self.sp_size
+
+    @property
+    def dp_size(self) -> int:
+        return self.world_size // self.sp_size
 
 
 def launch_rank() -> int:
@@ -45,11 +62,11 @@ def launch_rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def init(timeout_minutes: float = 30) -> Ranks:
+def init(sp_size: int = 1, timeout_minutes: float = 30) -> Ranks:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this process's place in it.
 
     Works under torchrun and under plain python, where the group has one member. `timeout_minutes` bounds every collective, so a lost
-    process ends the job instead of hanging it.
+    process ends the job instead of hanging it. Raises UserError if groups of `sp_size` do not fit the number of processes.
     """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -61,7 +78,13 @@ def init(timeout_minutes: float = 30) -> Ranks:
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    return Ranks(dist.get_rank(), dist.get_world_size(), device)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if world_size % sp_size:
+        raise UserError(f"--sp_size {sp_size} does not divide the number of processes, {world_size}")
+    if sp_size == 1:
+        return Ranks(rank, world_size, device)
+    groups = [dist.new_group(range(first, first + sp_size), timeout=timeout) for first in range(0, world_size, sp_size)]
+    return Ranks(rank, world_size, device, sp_size, groups[rank // sp_size])
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
