@@ -8,7 +8,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 from safetensors.torch import load_file, save_file
 
-from fastvideo.zero import master_shards, refresh_weights
+from fastvideo.shards import master_shards, refresh_weights
 
 
 class EMA:
