@@ -24,12 +24,13 @@ from tqdm import tqdm
 
 from fastvideo import checkpoint, distributed, tracking, zero
 from fastvideo.attention import set_attention
-from fastvideo.distributed import UserError, keyed_generator, warn
+from fastvideo.distributed import Ranks, UserError, keyed_generator, warn
 from fastvideo.ema import EMA
 from fastvideo.embedding_cache import EmbeddingCache
 from fastvideo.fingerprint import check_encoder
-from fastvideo.flags import check_numbers
+from fastvideo.flags import check_numbers, check_size
 from fastvideo.media import save_samples
+from fastvideo.models.hunyuan import parallelize
 from fastvideo.pretrained import add_lora, initial_weights, load_pretrained
 from fastvideo.prompts import draw_prompts
 from fastvideo.rewards import group_statistics, load_rewards, parse_rewards, score
@@ -114,6 +115,10 @@ class Args:
 
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 1 shards the optimiser over the processes, 2 also gradients, 3 also weights."""
+    sp_size: int = 1
+    """Neighbouring processes that compute each sample together, sharing its tokens (sequence parallelism)."""
+    gather_for_rollout: bool = True
+    """At --zero_stage 3, gather the weights once for all of an iteration's sampling, not layer by layer in every step, if they fit."""
     offload: bool = False
     """Keep the optimiser (and the reference of --kl_weight) in CPU memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -129,6 +134,8 @@ class Args:
     micro_batch_size: int = 4
     """(sample, step) pairs in one forward and backward pass of each process."""
 
+    timeout_minutes: float = 30
+    """A process that the others have waited for this long is taken for lost, which ends the run."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in --output_dir, if any; never: refuse a folder that has a run in it."""
     checkpoint_every: int = 50
@@ -148,7 +155,7 @@ class Args:
         rules = {
             "at least 2": "num_generations sampling_steps num_frames",
             "above 0": "iterations prompts_per_iteration updates_per_iteration height width shift noise_level clip_range advantage_clip "
-            "learning_rate rollout_batch_size micro_batch_size checkpoint_every keep_checkpoints",
+            "learning_rate rollout_batch_size micro_batch_size sp_size timeout_minutes checkpoint_every keep_checkpoints",
             "1 or more": "guidance_scale",
             "0 or more": "best_of_n kl_weight weight_decay max_grad_norm lr_warmup_steps lora_rank sample_every",
             "above 0 and at most 1": "timestep_fraction",
@@ -223,31 +230,23 @@ def sde_step(
 # 3. Model =============================================================================================================
 
 
-def load_models(args: Args, dtype: torch.dtype, device: torch.device) -> tuple[HunyuanVideoTransformer3DModel, AutoencoderKLHunyuanVideo]:
-    """The policy, on the CPU and ready for the engine, and the frozen decoder on `device`."""
+def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[HunyuanVideoTransformer3DModel, AutoencoderKLHunyuanVideo]:
+    """The policy, on the CPU and ready for the engine, and the frozen decoder on its device."""
     transformer = load_pretrained(HunyuanVideoTransformer3DModel, args.model, "transformer", torch_dtype=dtype)
-    vae = load_pretrained(AutoencoderKLHunyuanVideo, args.model, "vae", torch_dtype=dtype).to(device).eval().requires_grad_(False)
-    check_size(transformer, vae, args)
-    if args.vae_tiling:
-        vae.enable_tiling()
-        vae.enable_slicing()
-    set_attention(transformer, args.attention, device, padded_text=True)
-    if args.lora_rank:
-        add_lora(transformer, args.lora_rank, args.seed)
-    if args.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
-    return transformer.train(), vae
-
-
-def check_size(transformer: HunyuanVideoTransformer3DModel, vae: AutoencoderKLHunyuanVideo, args: Args) -> None:
-    """Raises UserError for a size of clips that the VAE and the patches of the transformer do not divide."""
+    vae = load_pretrained(AutoencoderKLHunyuanVideo, args.model, "vae", torch_dtype=dtype).to(ranks.device).eval().requires_grad_(False)
     if transformer.config.in_channels != 2 * vae.config.latent_channels:
         raise UserError(f"--model {args.model} takes no image latents beside its own: see train_grpo_hunyuan.py")
     scale = vae.config.spatial_compression_ratio * transformer.config.patch_size  # pixels to a token: 16 for HunyuanVideo
-    if args.height % scale or args.width % scale:
-        raise UserError(f"--height {args.height} and --width {args.width} must be multiples of {scale} for {args.model}")
-    if (args.num_frames - 1) % vae.config.temporal_compression_ratio:
-        raise UserError(f"--num_frames {args.num_frames} must be one more than a multiple of {vae.config.temporal_compression_ratio}")
+    check_size(vars(args), pixels=scale, frames=vae.config.temporal_compression_ratio)
+    if args.vae_tiling:
+        vae.enable_tiling()
+        vae.enable_slicing()
+    parallelize(transformer, ranks)
+    set_attention(transformer, args.attention, ranks.device, padded_text=True)
+    add_lora(transformer, args.lora_rank, args.seed)
+    if args.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    return transformer.train(), vae
 
 
 def latent_shape(transformer: HunyuanVideoTransformer3DModel, vae: AutoencoderKLHunyuanVideo, args: Args) -> tuple[int, ...]:
@@ -455,10 +454,10 @@ def check_ratio(max_deviation: float, clip_range: float) -> None:
 # Copied from train_grpo_flux.py
 def main() -> None:
     args = tyro.cli(Args, use_underscores=True, console_outputs=distributed.launch_rank() == 0, description=__doc__.splitlines()[0])
-    ranks = distributed.init()
+    ranks = distributed.init(args.sp_size, args.timeout_minutes)
     P, G, N = args.prompts_per_iteration, args.num_generations, args.updates_per_iteration
-    if P % ranks.world_size:
-        raise UserError(f"--prompts_per_iteration {P} does not divide among {ranks.world_size} processes")
+    if P % ranks.dp_size:
+        raise UserError(f"--prompts_per_iteration {P} does not divide among {ranks.layout}")
     device = ranks.device
     dtype = distributed.compute_dtype(args.dtype, device)
     zero.check_stage(args.zero_stage, args.offload, dtype)
@@ -470,10 +469,10 @@ def main() -> None:
     check_encoder(cache, args.model)
     rewards = load_rewards(parse_rewards(args.rewards), device)
     weights = dict(zip(rewards, args.reward_weights, strict=True))
-    transformer, vae = load_models(args, dtype, device)
+    transformer, vae = load_models(args, dtype, ranks)
     distributed.together(lambda: load_cond(cache, [0], transformer, vae, args))  # a cache that does not fit is refused now
     reference = copy.deepcopy(transformer).requires_grad_(False) if args.kl_weight and not args.lora_rank else None
-    local_prompts = P // ranks.world_size
+    local_prompts = P // ranks.dp_size
     steps_trained = select_timesteps([torch.Generator()], len(args.stochastic_steps), args.timestep_fraction).shape[1]
     pairs_per_update = local_prompts * (args.kept_generations // N) * steps_trained
     engine = zero.initialize(
@@ -500,9 +499,7 @@ def main() -> None:
     sampling = {name: (arguments | cache.fingerprint)[name] for name in SAMPLING}
     if ranks.is_main:
         print(f"resuming from {resume_from}" if resume_from else f"a new run in {args.output_dir}")
-        print(
-            f"{cache.num_prompts} prompts, {G} samples of each of {P} an iteration on {ranks.world_size} {device.type} processes, {dtype}"
-        )
+        print(f"{cache.num_prompts} prompts, {G} samples of each of {P} an iteration on {ranks.layout}, {device.type}, {dtype}")
     tracking.write_manifest(args.output_dir, __file__, arguments, sampling, ranks)
     tracker = tracking.Tracker(args.output_dir, args.trackers, arguments, done, ranks)
 
@@ -510,9 +507,9 @@ def main() -> None:
     for iteration in progress:
         timer = tracking.Timer()
         with timer("iteration"):
-            # Line 2: draw a batch of prompts. This process has the slots `first` to `first + local_prompts`.
+            # Line 2: draw a batch of prompts. This process (with its group of --sp_size) has the slots `first` to `first + local_prompts`.
             prompts = draw_prompts(cache.num_prompts, P, iteration, args.seed)
-            first = ranks.rank * local_prompts
+            first = ranks.dp_rank * local_prompts
             own_prompts = prompts[first : first + local_prompts]
             cond = distributed.together(lambda p=own_prompts: load_cond(cache, p, transformer, vae, args))
             samples = [(first + i // G, i % G) for i in range(local_prompts * G)]  # (prompt slot, index in its group)
@@ -522,37 +519,44 @@ def main() -> None:
             selected = select_timesteps(generators, len(args.stochastic_steps), args.timestep_fraction, args.timestep_selection)
             trained_steps = (selected + args.stochastic_steps.start).to(device)
 
-            # Lines 3 to 6: G samples of each prompt from the old policy, which is the current one, and their rewards.
+            # Lines 3 to 5: G samples of each prompt from the old policy, which is the current one.
             progress.set_description("sampling")
-            trajectories, scores, failure = [], [], None
-            for batch in torch.arange(len(samples)).split(args.rollout_batch_size):
-                slots = [samples[i] for i in batch]
-                keys = [(slot,) if args.shared_noise else (slot, g) for slot, g in slots]
-                initial = [keyed_generator(args.seed, "initial_noise", iteration, *key) for key in keys]
-                z_1 = torch.stack([torch.randn(shape, generator=generator) for generator in initial])
-                generators = [keyed_generator(args.seed, "step_noise", iteration, *sample) for sample in slots]
-                batch_cond = {name: tensor[batch.to(device) // G] for name, tensor in cond.items()}
-                with timer("rollout"):
+            trajectories, latents = [], []
+            with timer("rollout"), zero.gathered(engine, args.gather_for_rollout):
+                for batch in torch.arange(len(samples)).split(args.rollout_batch_size):
+                    slots = [samples[i] for i in batch]
+                    keys = [(slot,) if args.shared_noise else (slot, g) for slot, g in slots]
+                    initial = [keyed_generator(args.seed, "initial_noise", iteration, *key) for key in keys]
+                    z_1 = torch.stack([torch.randn(shape, generator=generator) for generator in initial])
+                    generators = [keyed_generator(args.seed, "step_noise", iteration, *sample) for sample in slots]
+                    batch_cond = {name: tensor[batch.to(device) // G] for name, tensor in cond.items()}
                     kept, x0_hat = rollout(engine, batch_cond, z_1.to(device), schedule, noise_levels, generators, trained_steps[batch])
                     trajectories.append(kept)
-                with timer("decode"), torch.no_grad():
-                    media = decode(vae, x0_hat, args)
-                with timer("reward"):
-                    try:
-                        scores.append(score(rewards, media, [cache.rows[prompts[slot]] for slot, _ in slots]))
-                    except UserError as error:
-                        failure = failure or error  # go on to the end: the other processes wait there
+                    latents.append(x0_hat)
+            trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
+            x0_hat = torch.cat(latents)
+
+            # Line 6: their rewards. The processes of a sequence-parallel group have the same samples, and share the decoding and scoring.
+            own_samples = list(range(ranks.sp_rank, len(samples), ranks.sp_size))
+            scores, failure = {name: torch.zeros(P * G) for name in rewards}, None
             try:
-                distributed.raise_everywhere(failure)
-            except UserError:
+                for start in range(0, len(own_samples), args.rollout_batch_size):
+                    batch = own_samples[start : start + args.rollout_batch_size]
+                    with timer("decode"), torch.no_grad():
+                        media = decode(vae, x0_hat[batch], args)
+                    with timer("reward"):
+                        values = score(rewards, media, [cache.rows[own_prompts[i // G]] for i in batch])
+                    for name in rewards:
+                        scores[name][[first * G + i for i in batch]] = values[name]
+            except UserError as error:
+                failure = error
+            if failure := distributed.first_error(failure):
                 if iteration > 1:  # else nothing has been learned
                     checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
-                raise
-            trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
+                raise failure
 
             # Lines 7 to 9: advantages within each prompt's group, of all prompts on all processes alike.
-            own_scores = {name: torch.cat([part[name] for part in scores]).to(device) for name in rewards}
-            group_rewards = {name: distributed.all_gather_rows(values).cpu().view(P, G) for name, values in own_scores.items()}
+            group_rewards = {name: distributed.all_reduce_sum(values.to(device)).cpu().view(P, G) for name, values in scores.items()}
             advantages = group_advantages(group_rewards, weights).clamp(-args.advantage_clip, args.advantage_clip)
             own_advantages = advantages[first : first + local_prompts]
             chosen = best_of_n(own_advantages, args.kept_generations) + G * torch.arange(local_prompts)[:, None]  # (local_prompts, kept)
@@ -605,10 +609,7 @@ def main() -> None:
         metrics["policy/ratio_max_dev"] = max(row["ratio_max_dev"] for row in stats if row["update"] == 0)  # before any update: 0
         metrics["policy/grad_norm"] = sum(norms) / len(norms)
         metrics["policy/lr"] = engine.get_lr()[0]
-        metrics |= {f"time/{name}_s": seconds for name, seconds in timer.seconds.items()}
-        metrics["throughput/samples_per_s"] = P * G / timer.seconds["iteration"]
-        metrics["memory/peak_gib"] = max(distributed.all_gather_object(tracking.peak_memory_gib()))
-        metrics["samples"] = iteration * P * G
+        metrics |= tracking.costs(timer, P * G) | {"samples": iteration * P * G}
         tracker.log(iteration, metrics)
         shown = {name: f"{metrics[f'reward/{name}_mean']:.3f}" for name in rewards}
         shown |= {"|ratio-1|": f"{metrics['policy/ratio_max_dev']:.0e}", "samples/s": f"{metrics['throughput/samples_per_s']:.1f}"}
@@ -617,7 +618,7 @@ def main() -> None:
         if args.sample_every and (iteration % args.sample_every == 0 or last):
             with ema.applied() if ema else nullcontext():
                 media = sample_media(engine, transformer, vae, cache, schedule, args, ranks)
-            if ranks.is_main:
+            if media is not None:
                 captions = [cache.rows[i % cache.num_prompts]["prompt"] for i in range(8)]
                 path = save_samples(args.output_dir / "samples" / f"iteration_{iteration:06d}.png", media, captions)
                 tracker.log_picture(iteration, "samples", path)
@@ -634,16 +635,19 @@ def main() -> None:
 
 # Copied from train_grpo_flux.py
 @torch.no_grad()
-def sample_media(engine, transformer, vae, cache, schedule, args, ranks) -> torch.Tensor:
-    """ODE samples of the cache's first 8 prompts, always from the same noise, (8, 3, ...) in [-1, 1]; shared out over the processes."""
-    share = math.ceil(8 / ranks.world_size)
-    places = [min(ranks.rank * share + i, 7) for i in range(share)]
+def sample_media(engine, transformer, vae, cache, schedule, args, ranks) -> torch.Tensor | None:
+    """ODE samples of the cache's first 8 prompts, always from the same noise, (8, 3, ...) in [-1, 1] on rank 0 (None on others)."""
+    share = math.ceil(8 / ranks.dp_size)
+    places = [min(ranks.dp_rank * share + i, 7) for i in range(share)]
     cond = load_cond(cache, [place % cache.num_prompts for place in places], transformer, vae, args)
     shape = latent_shape(transformer, vae, args)
     z_1 = torch.stack([torch.randn(shape, generator=keyed_generator(args.seed, "pictures", place)) for place in places])
     nothing_trained = torch.empty(share, 0, dtype=torch.long, device=ranks.device)
-    _, x0_hat = rollout(engine, cond, z_1.to(ranks.device), schedule, [0.0] * args.sampling_steps, [], nothing_trained)
-    return distributed.all_gather_rows(decode(vae, x0_hat, args))[:8]
+    with zero.gathered(engine, args.gather_for_rollout):
+        _, x0_hat = rollout(engine, cond, z_1.to(ranks.device), schedule, [0.0] * args.sampling_steps, [], nothing_trained)
+    owners = [place // share * ranks.sp_size + place % share % ranks.sp_size for place in range(8)]
+    own = {place: decode(vae, x0_hat[[place % share]], args) for place in range(8) if owners[place] == ranks.rank}
+    return distributed.collect_on_main(own, owners)
 
 
 if __name__ == "__main__":

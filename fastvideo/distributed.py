@@ -45,6 +45,10 @@ class Ranks:
         return self.rank == 0
 
     @property
+    def layout(self) -> str:
+        return f"{self.world_size} processes" + (f" in groups of {self.sp_size}" if self.sp_size > 1 else "")
+
+    @property
     def sp_rank(self) -> int:
         return self.rank % self.sp_size
 
@@ -115,12 +119,10 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
-def raise_everywhere(error: UserError | None) -> None:
-    """Collective. If any process brings an error, every process raises the first one, so that all stop together and rank 0 can say why."""
+def first_error(error: UserError | None) -> UserError | None:
+    """Collective. The first of the errors that processes bring, on all of them, so that all stop together and rank 0 can say why."""
     messages = all_gather_object(None if error is None else str(error))
-    for message in messages:
-        if message is not None:
-            raise UserError(message) from error
+    return next((UserError(message) for message in messages if message is not None), None)
 
 
 def together(function: Callable[[], T]) -> T:
@@ -130,7 +132,8 @@ def together(function: Callable[[], T]) -> T:
         value = function()
     except UserError as raised:
         error = raised
-    raise_everywhere(error)
+    if error := first_error(error):
+        raise error
     return value
 
 
@@ -146,11 +149,26 @@ def all_gather_object(value: object) -> list:
     return gathered
 
 
-def all_gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Collective. Equal-shaped `rows` (n, ...) of every process, concatenated in rank order: (world_size * n, ...)."""
-    gathered = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, rows.contiguous())
-    return torch.cat(gathered)
+def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
+    """Collective. The sum of `values` over all processes, on each. Where all but one have zeros it is that one's value, exactly."""
+    dist.all_reduce(values)
+    return values
+
+
+def collect_on_main(own: dict[int, torch.Tensor], owners: list[int]) -> torch.Tensor | None:
+    """Collective. Rows that different processes hold, concatenated on rank 0; None on others.
+
+    own: place -> this process's row (1, ...), all rows of one shape. owners: the rank that has each place; place 0 is rank 0's.
+    """
+    if dist.get_rank() == 0:
+        rows = [own[place] if owner == 0 else torch.empty_like(own[0]) for place, owner in enumerate(owners)]
+        for row, owner in zip(rows, owners):
+            if owner != 0:
+                dist.recv(row, owner)
+        return torch.cat(rows)
+    for place in sorted(own):
+        dist.send(own[place].contiguous(), 0)
+    return None
 
 
 def keyed_generator(seed: int, purpose: str, *key: int) -> torch.Generator:

@@ -26,3 +26,12 @@ def check_numbers(values: Mapping[str, Any], rules: Mapping[str, str]) -> None:
             value = values[flag]
             if value is not None and not (math.isfinite(value) and BOUNDS[bound](value)):
                 raise UserError(f"--{flag} is {value}, but must be {bound}")
+
+
+def check_size(values: Mapping[str, Any], pixels: int, frames: int | None = None) -> None:
+    """Raise UserError unless the flags height and width are multiples of `pixels`, and num_frames one more than a multiple of `frames`."""
+    height, width, model = values["height"], values["width"], values["model"]
+    if height % pixels or width % pixels:
+        raise UserError(f"--height {height} and --width {width} must be multiples of {pixels} for {model}")
+    if frames and (values["num_frames"] - 1) % frames:
+        raise UserError(f"--num_frames {values['num_frames']} must be one more than a multiple of {frames} for {model}")

@@ -55,7 +55,12 @@ def load_pipeline(folder: str | Path, dtype: str, device: torch.device, flag: st
 
 
 def add_lora(model: ModelMixin, rank: int, seed: int) -> None:
-    """Freeze `model` and add a trainable LoRA adapter of `rank` to its attention layers; `seed` makes it equal on all processes."""
+    """Freeze `model` and add a trainable LoRA adapter of `rank` to its attention layers; `seed` makes it equal on all processes.
+
+    Rank 0 means no LoRA: nothing happens.
+    """
+    if rank == 0:
+        return
     model.requires_grad_(False)
     torch.manual_seed(seed)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]

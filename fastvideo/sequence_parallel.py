@@ -158,7 +158,7 @@ def _heads_to_rows(output: torch.Tensor, num_heads: int, group: SequenceGroup) -
 
 def _gather_heads(output: torch.Tensor, num_heads: int, group: SequenceGroup) -> torch.Tensor:
     """Collective. (B, T, h, D) -> (B, T, H, D): every process needs all of the text."""
-    batch, num_text, own_heads, head_dim = output.shape
+    batch, num_text, _, head_dim = output.shape
     flat = output.permute(2, 1, 0, 3).flatten()
     receive = [count * num_text * batch * head_dim for count in group.shares(num_heads)]
     # Copies sent by an all-to-all, not an all-gather: its backward pass then sums what the processes' copies contribute.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastvideo.distributed import Ranks, UserError, warn
+from fastvideo.distributed import Ranks, UserError, all_gather_object, warn
 from fastvideo.files import whole_file
 
 DECIDED_BY_CHECKPOINT = ("learning_rate", "weight_decay", "lora_rank")
@@ -111,6 +111,13 @@ def _now() -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()
+
+
+def costs(timer: Timer, num_samples: int) -> dict[str, float]:
+    """Collective. Metrics of an iteration that made `num_samples`: seconds, samples a second, peak memory of the fullest process."""
+    metrics = {f"time/{name}_s": seconds for name, seconds in timer.seconds.items()}
+    metrics["throughput/samples_per_s"] = num_samples / timer.seconds["iteration"]
+    return metrics | {"memory/peak_gib": max(all_gather_object(peak_memory_gib()))}
 
 
 def peak_memory_gib() -> float:

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from evaluate import media_of, pipeline_arguments, use_trained_sampler
-from fastvideo.distributed import UserError, keyed_generator
+from fastvideo.distributed import Ranks, UserError, keyed_generator
 from fastvideo.embedding_cache import EmbeddingCache
 
 PROMPTS = REPOSITORY / "shapes" / "prompts"
@@ -89,7 +89,7 @@ def policy(family, cache):
     values = {name.removeprefix("--"): value for name, value in family.flags.items() if name in ("--num_frames", "--guidance_scale")}
     values |= {"model": family.model, "embeddings": cache, "output_dir": cache, "rewards": family.rewards}
     args = module.Args(**values, sampling_steps=family.sampling_steps, height=32, width=32, noise_level=family.noise_level)
-    transformer, vae = module.load_models(args, torch.float32, torch.device("cpu"))
+    transformer, vae = module.load_models(args, torch.float32, Ranks(0, 1, torch.device("cpu")))
     schedule = module.time_schedule(args.sampling_steps, args.model if family.name == "sd" else args.shift)
     return module, args, transformer, vae, EmbeddingCache(cache), schedule
 
@@ -225,7 +225,7 @@ def test_a_folder_of_the_other_kind_is_refused(family, cache):
     model = REPOSITORY / "shapes" / "models" / OTHER_KIND[family.name]
     args = module.Args(model=model, embeddings=cache, output_dir=cache, rewards=family.rewards, height=32, width=32)
     with pytest.raises(UserError, match=f"see train_grpo_{OTHER_KIND[family.name]}.py"):
-        module.load_models(args, torch.float32, torch.device("cpu"))
+        module.load_models(args, torch.float32, Ranks(0, 1, torch.device("cpu")))
 
 
 def test_a_checkpoint_of_another_family_is_refused(run, family, cache, tmp_path):

@@ -6,7 +6,7 @@ from conftest import MODEL, TRAIN, largest_difference, launch, metrics_of, weigh
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 import train_grpo_flux
-from fastvideo.distributed import keyed_generator
+from fastvideo.distributed import Ranks, keyed_generator
 from fastvideo.embedding_cache import EmbeddingCache
 
 # ------------------------------------------------------------------------------------------- the ratio before the first update
@@ -18,7 +18,7 @@ def policy(cache):
     args = train_grpo_flux.Args(
         model=MODEL, embeddings=cache, output_dir=MODEL, rewards=("aesthetic",), sampling_steps=6, height=32, width=32, noise_level=0.7
     )
-    transformer, vae = train_grpo_flux.load_models(args, torch.float32, torch.device("cpu"))
+    transformer, vae = train_grpo_flux.load_models(args, torch.float32, Ranks(0, 1, torch.device("cpu")))
     return args, transformer, vae, EmbeddingCache(cache)
 
 
