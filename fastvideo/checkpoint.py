@@ -1,7 +1,14 @@
-"""Checkpoints that are whole or absent, and the export of trained weights in diffusers format."""
+"""Checkpoints that are whole or absent, and the export of trained weights in diffusers format.
+
+A checkpoint holds what is trained, by parameter and not by process, so that it can be resumed on any number of processes and at any ZeRO
+stage: each process writes one `shard_RRRRR.safetensors` of flat float32 tensors KIND/NAME/START, the elements from START on of the
+flattened parameter NAME. The kinds are weight, exp_avg, exp_avg_sq (Adam's averages) and ema.
+"""
 
 import json
 import shutil
+from collections import defaultdict
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,11 +17,13 @@ import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from diffusers import ModelMixin
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fastvideo.distributed import Ranks, UserError, on_main
+from fastvideo.distributed import Ranks, UserError, on_main, together
 from fastvideo.ema import EMA
-from fastvideo.files import rename_folder, whole_file, whole_folder
+from fastvideo.files import rename_folder, sync, whole_file, whole_folder
+from fastvideo.shards import Fragment, adam_shards, fragments, master_shards, parameter_shapes, refresh_weights, set_updates
 from fastvideo.tracking import check_arguments
 from fastvideo.zero import full_state_dict
 
@@ -34,14 +43,20 @@ def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: 
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
     dist.barrier()
-    engine.save_checkpoint(str(temporary), tag="deepspeed", save_latest=False)
-    if ema is not None:
-        ema.save(temporary / f"ema_{ranks.rank:05d}.safetensors")
+    shard_file = temporary / f"shard_{ranks.rank:05d}.safetensors"
+    pieces = {}
+    for kind, shards in _trained(engine, ema).items():
+        for shard, parts in zip(shards, _own_fragments(engine, ranks), strict=True):
+            for parameter, start, offset, count in parts:
+                pieces[f"{kind}/{parameter}/{start}"] = shard.view(-1)[offset : offset + count]
+    save_file(pieces, shard_file)
+    sync(shard_file)
     dist.barrier()
     if ranks.is_main:
         sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in temporary.rglob("*") if path.is_file()}
-        state = {"iteration": iteration, "world_size": ranks.world_size, "zero_stage": engine.zero_optimization_stage()}
-        state |= {"dtype": str(engine.module.dtype), "files": sizes}
+        state = {"iteration": iteration, "updates": engine.global_steps, "dtype": str(engine.module.dtype), "ema": ema is not None}
+        state |= {"world_size": ranks.world_size, "sp_size": ranks.sp_size, "zero_stage": engine.zero_optimization_stage()}  # to know only
+        state |= {"files": sizes, "parameters": parameter_shapes(engine)}
         (temporary / "state.json").write_text(json.dumps(state, indent=2))
         rename_folder(temporary, folder / name)
         with whole_file(folder / "latest") as path:
@@ -80,10 +95,32 @@ def to_resume(output_dir: Path, resume: Literal["auto", "never"], arguments: dic
 
 
 def load(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path, ranks: Ranks) -> int:
-    """Collective. Restore weights, optimiser, schedule and EMA; returns the checkpoint's iteration.
+    """Collective. Restore weights, optimizer, schedule and EMA of a fresh engine; returns the checkpoint's iteration.
 
-    Raises UserError if a file is missing or truncated, or the checkpoint is of another number of processes or ZeRO stage.
+    Raises UserError if a file is missing or damaged, or the checkpoint is of another dtype, of other parameters, or EMA is in one only.
     """
+    state = together(lambda: _read_state(engine, ema, checkpoint))
+    set_updates(engine, state["updates"])
+    together(lambda: _read_shards(engine, ema, checkpoint, state["files"]))
+    refresh_weights(engine)
+    return state["iteration"]
+
+
+def _trained(engine: DeepSpeedEngine, ema: EMA | None) -> dict[str, list[torch.Tensor]]:
+    """All that training changes: aligned lists of float32 shards by kind."""
+    kinds = {"weight": master_shards(engine), **{average: adam_shards(engine, average) for average in ("exp_avg", "exp_avg_sq")}}
+    return kinds | ({"ema": ema.shards} if ema is not None else {})
+
+
+def _own_fragments(engine: DeepSpeedEngine, ranks: Ranks) -> list[list[Fragment]]:
+    """The fragments that this process saves. At stage 0, where all processes have all parameters, they take turns."""
+    parts = fragments(engine)
+    if engine.zero_optimization_stage() == 0:
+        return [part if index % ranks.world_size == ranks.rank else [] for index, part in enumerate(parts)]
+    return parts
+
+
+def _read_state(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path) -> dict[str, Any]:
     try:
         state = json.loads((checkpoint / "state.json").read_text())
         for name, size in state["files"].items():
@@ -92,21 +129,50 @@ def load(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path, ranks: Rank
                 raise UserError(f"{checkpoint / name} has {actual} bytes, but {size} were saved: the checkpoint is damaged")
     except (OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"checkpoint {checkpoint} is damaged: {error}") from error
-    for key, flag, now in (
-        ("world_size", "number of processes", ranks.world_size),
-        ("zero_stage", "--zero_stage", engine.zero_optimization_stage()),
-        ("dtype", "--dtype", str(engine.module.dtype)),
-    ):
-        if state.get(key, now) != now:
-            raise UserError(f"checkpoint {checkpoint} was saved with {flag} {state[key]} and cannot be resumed with {now}")
-    ema_file = f"ema_{ranks.rank:05d}.safetensors"
-    if (ema is not None) != (ema_file in state["files"]):
+    if "updates" not in state:
+        raise UserError(f"checkpoint {checkpoint} was saved by an earlier version, in a format that this one does not read")
+    if state["dtype"] != str(engine.module.dtype):
+        raise UserError(f"checkpoint {checkpoint} was saved with --dtype {state['dtype']} and cannot be resumed with {engine.module.dtype}")
+    if state["ema"] != (ema is not None):
         saved, now = ("with", "without") if ema is None else ("without", "with")
         raise UserError(f"checkpoint {checkpoint} was saved {saved} EMA and cannot be resumed {now} it: see --ema_decay")
-    engine.load_checkpoint(str(checkpoint), tag="deepspeed")
-    if ema is not None:
-        ema.load(checkpoint / ema_file)
-    return state["iteration"]
+    saved, now = state["parameters"], parameter_shapes(engine)
+    for name in saved | now:
+        if saved.get(name) != now.get(name):
+            raise UserError(f"checkpoint {checkpoint} has {name} of shape {saved.get(name)}, but the model's is {now.get(name)}")
+    return state
+
+
+def _read_shards(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path, files: list[str]) -> None:
+    """Fill this process's shards from whichever files have a part of them; nothing else is read."""
+    with ExitStack() as stack:
+        try:
+            saved = defaultdict(list)  # (kind, name) -> [(start, slice of the file)]
+            for file in files:
+                shard_file = stack.enter_context(safe_open(checkpoint / file, "pt"))
+                for key in shard_file.offset_keys():
+                    kind, name, start = key.split("/")
+                    saved[kind, name].append((int(start), shard_file.get_slice(key)))
+            for kind, shards in _trained(engine, ema).items():
+                for shard, parts in zip(shards, fragments(engine), strict=True):
+                    for parameter, start, offset, count in parts:
+                        found = _fill(shard.view(-1)[offset : offset + count], start, saved[kind, parameter])
+                        if found != count:
+                            lost = f"elements {start + found} to {start + count} of {kind} {parameter} are in no file"
+                            raise UserError(f"checkpoint {checkpoint} is damaged: {lost}")
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"checkpoint {checkpoint} is damaged: {error}") from error
+
+
+def _fill(values: torch.Tensor, start: int, pieces: list[tuple[int, Any]]) -> int:
+    """Copy a parameter's elements from `start` on into `values` (n,), from its saved pieces; returns how many were found before a gap."""
+    found = 0
+    for first, piece in sorted(pieces, key=lambda place: place[0]):
+        begin, end = start + found, min(first + piece.get_shape()[0], start + len(values))
+        if first <= begin < end:
+            values[found : found + end - begin] = piece[begin - first : end - first]
+            found += end - begin
+    return found
 
 
 def export(engine: DeepSpeedEngine, folder: Path, subfolder: str) -> None:

@@ -2,17 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from deepspeed import DeepSpeedEngine
-from safetensors.torch import load_file, save_file
 
 from fastvideo.shards import master_shards, refresh_weights
 
 
 class EMA:
-    """Averages the float32 master weights: average = decay * average + (1 - decay) * weights, at each `update`."""
+    """Averages the float32 master weights: average = decay * average + (1 - decay) * weights, at each `update`.
+
+    shards: the average, in the layout of `master_shards`.
+    """
 
     def __init__(self, engine: DeepSpeedEngine, decay: float):
         self.engine = engine
@@ -37,12 +38,3 @@ class EMA:
             live.copy_(average)
             average.copy_(kept)
         refresh_weights(self.engine)
-
-    def save(self, path: Path) -> None:
-        save_file({str(index): shard for index, shard in enumerate(self.shards)}, path)
-
-    def load(self, path: Path) -> None:
-        saved = load_file(path)
-        assert len(saved) == len(self.shards), f"{path} has {len(saved)} shards, the engine {len(self.shards)}"
-        for index, shard in enumerate(self.shards):
-            shard.copy_(saved[str(index)])

@@ -23,7 +23,7 @@ MOMENTS = {
     "between_the_first_checkpoints": (lambda run: lines_of(run) >= 3, 0.3),
     "in_the_middle": (lambda run: lines_of(run) >= 4, 0.6),
     "while_the_first_checkpoint_is_written": (lambda run: (run / "checkpoints" / ".iteration_000002.tmp").exists(), 0.0),
-    "while_a_later_checkpoint_is_written": (lambda run: (run / "checkpoints" / ".iteration_000004.tmp" / "deepspeed").exists(), 0.005),
+    "while_a_later_checkpoint_is_written": (lambda run: any((run / "checkpoints").glob(".iteration_000004.tmp/*")), 0.005),
     "while_the_export_is_written": (lambda run: (run / ".export.tmp").exists(), 0.0),
 }
 
@@ -139,21 +139,19 @@ def test_resume_never_refuses_a_folder_with_a_run(train, finished_run, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("flags", "processes", "message"),
+    ("flags", "message"),
     [
-        ({}, 2, "was saved with number of processes 1 and cannot be resumed with 2"),
-        ({"--zero_stage": 1}, 1, "was saved with --zero_stage 2 and cannot be resumed with 1"),
-        ({"--ema_decay": 0}, 1, "was saved with EMA and cannot be resumed without it: see --ema_decay"),
-        ({"--dtype": "bfloat16"}, 1, "was saved with --dtype torch.float32 and cannot be resumed with torch.bfloat16"),
+        ({"--ema_decay": 0}, "was saved with EMA and cannot be resumed without it: see --ema_decay"),
+        ({"--dtype": "bfloat16"}, "was saved with --dtype torch.float32 and cannot be resumed with torch.bfloat16"),
     ],
 )
-def test_checkpoint_of_another_layout_is_refused(train, finished_run, flags, processes, message):
-    sentence = refusal(train, finished_run, flags, processes=processes)
+def test_checkpoint_of_another_kind_is_refused(train, finished_run, flags, message):
+    sentence = refusal(train, finished_run, flags)
     assert message in sentence
     assert "iteration_000006" in sentence
 
 
-@pytest.mark.parametrize("name", ["deepspeed/zero_pp_rank_0_mp_rank_00_optim_states.pt", "ema_00000.safetensors", "state.json"])
+@pytest.mark.parametrize("name", ["shard_00000.safetensors", "state.json"])
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_damaged_checkpoint_is_refused_by_name(train, run_copy, name, damage):
     path = run_copy / "checkpoints" / "iteration_000006" / name
