@@ -1,7 +1,8 @@
 """DeepSpeed ZeRO: configuration from a few numbers, the engine, and access to the weights that it shards."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
+from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import logger as deepspeed_logger
 
 from fastvideo.distributed import UserError
@@ -85,6 +87,50 @@ def backward_and_step(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> 
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
     return float(engine.get_global_grad_norm() if norm is None else norm)
+
+
+class _AllGathered:
+    """Stands in for ZeRO's coordinator while all parameters are gathered: stage 3's hooks ask it for everything, and it does nothing."""
+
+    def reset_step(self) -> None:
+        pass
+
+    def trace_prologue(self, module: nn.Module) -> None:
+        pass
+
+    def is_record_trace(self) -> bool:
+        return False
+
+    def fetch_sub_module(self, module: nn.Module, forward: bool) -> None:
+        assert forward, "no backward pass inside `gathered`"
+
+    def release_sub_module(self, module: nn.Module, forward: bool) -> None:
+        pass
+
+
+@contextmanager
+def gathered(engine: deepspeed.DeepSpeedEngine, enabled: bool = True) -> Iterator[None]:
+    """Collective. Inside, a network that stage 3 shards has all its parameters in full: any number of forward passes for one gathering.
+
+    For forward passes only, through `engine` as ever. Costs the memory of the whole network in its compute dtype. What is written to the
+    parameters inside is lost on leaving. Below stage 3, or if not `enabled`, or inside another one, it does nothing.
+    """
+    offload = engine.optimizer.parameter_offload if enabled and engine.zero_optimization_stage() == 3 else None
+    if offload is None or isinstance(offload.param_coordinator, _AllGathered):
+        yield
+        return
+    # The hooks stay, and what the coordinator has recorded of the training passes: to register hooks anew would make it start over.
+    coordinator, depth = offload.param_coordinator, len(FWD_MODULE_STACK)
+    offload.partition_all_parameters()  # waits for those on their way, and drops what earlier passes kept: it may be out of date
+    with deepspeed.zero.GatheredParameters(engine.module.parameters()):
+        offload.param_coordinator = _AllGathered()
+        try:
+            yield
+        finally:
+            offload.param_coordinator = coordinator
+            del FWD_MODULE_STACK[depth:]  # left by a forward pass that raised
+    if persistent := offload.persistent_parameters:  # those too small to be worth sharding
+        persistent[0].all_gather(persistent)
 
 
 def full_state_dict(engine: deepspeed.DeepSpeedEngine) -> dict[str, torch.Tensor]:
