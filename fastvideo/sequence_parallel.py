@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fastvideo.distributed import UserError
+
 
 class SequenceGroup:
     """The processes that share the tokens of each sample. rank: this one's place, 0 to size - 1."""
@@ -86,13 +88,15 @@ def gather_sequence(x: torch.Tensor, num_tokens: int, group: SequenceGroup) -> t
 def share_tokens(first: nn.Module, last: nn.Module, group: SequenceGroup, dim: int = 1) -> None:
     """Make the processes share the image tokens from the output of `first` on, where they lie along `dim`, to that of `last`.
 
-    The output of `last`, (B, n, C), is gathered: (B, N, C).
+    The output of `last`, (B, n, C), is gathered: (B, N, C). A forward pass raises UserError for fewer tokens than processes.
     """
     num_tokens = 0
 
     def split(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
         nonlocal num_tokens
         num_tokens = output.shape[dim]
+        if num_tokens < group.size:
+            raise UserError(f"--sp_size {group.size} is more than the {num_tokens} tokens of a sample: sizes this small need none")
         own = group.own(num_tokens)
         return output.narrow(dim, own.start, own.stop - own.start)
 

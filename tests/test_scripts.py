@@ -32,7 +32,8 @@ SHARED_FLAGS = {
     "sampling_steps", "noise_level", "timestep_fraction", "timestep_selection", "shared_noise", "clip_range", "advantage_clip",
     "best_of_n", "rewards", "reward_weights", "learning_rate", "weight_decay", "max_grad_norm", "lr_warmup_steps", "ema_decay",
     "kl_weight", "lora_rank", "old_log_prob", "zero_stage", "offload", "dtype", "attention", "gradient_checkpointing", "height",
-    "width", "rollout_batch_size", "micro_batch_size", "resume", "checkpoint_every", "keep_checkpoints", "sample_every", "trackers",
+    "width", "rollout_batch_size", "micro_batch_size", "gather_for_rollout", "timeout_minutes", "resume", "checkpoint_every",
+    "keep_checkpoints", "sample_every", "trackers",
 }
 # fmt: on
 
@@ -107,7 +108,7 @@ def fields_of(script) -> set[str]:
 def test_shared_flags_have_the_same_names(script):
     assert fields_of(script) >= SHARED_FLAGS
     family = script.stem.removeprefix("train_grpo_")
-    assert ({"shift", "sde_window"} <= fields_of(script)) == (family != "sd")
+    assert ({"shift", "sde_window", "sp_size"} <= fields_of(script)) == (family != "sd")
     assert ("num_frames" in fields_of(script)) == (family not in ("sd", "flux"))
     assert ("guidance_scale" in fields_of(script)) == (family in ("sd", "skyreels", "wan"))
 

@@ -112,6 +112,9 @@ def assert_same_training(run, reference):
         (1, {"--zero_stage": 3, "--rollout_batch_size": 16, "--micro_batch_size": 24}),
         (2, {"--zero_stage": 1, "--sample_every": 2}),
         (2, {"--zero_stage": 2, "--rollout_batch_size": 3, "--micro_batch_size": 7}),
+        (2, {"--sp_size": 2, "--zero_stage": 2, "--sample_every": 2}),
+        (4, {"--sp_size": 2, "--zero_stage": 2, "--rollout_batch_size": 3}),
+        pytest.param(4, {"--sp_size": 2, "--zero_stage": 3, "--sample_every": 2}, marks=pytest.mark.slow),
         pytest.param(2, {"--zero_stage": 3, "--sample_every": 2, "--micro_batch_size": 12}, marks=pytest.mark.slow),
     ],
     ids=lambda value: f"{value}_processes" if isinstance(value, int) else "-".join(str(v) for v in value.values()),
@@ -122,10 +125,11 @@ def test_layouts_make_the_same_training(train, one_process, tmp_path, processes,
 
 
 @pytest.mark.slow
-def test_stage_3_with_every_tensor_sharded(train, one_process, tmp_path):
+@pytest.mark.parametrize("flags", [{}, {"--no-gather_for_rollout": ()}, {"--sp_size": 2}], ids=["gathered", "by_layer", "sp"])
+def test_stage_3_with_every_tensor_sharded(train, one_process, tmp_path, flags):
     script = tmp_path / "shard_everything.py"
     script.write_text(SHARD_EVERYTHING)
-    train(tmp_path / "run", FOUR_PROMPTS, {"--zero_stage": 3, "--sample_every": 2}, processes=2, script=script)
+    train(tmp_path / "run", FOUR_PROMPTS, {"--zero_stage": 3, "--sample_every": 2} | flags, processes=2, script=script)
     assert_same_training(tmp_path / "run", one_process)
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 3
 
