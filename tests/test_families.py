@@ -197,6 +197,26 @@ def test_training_moves_the_weights(run, family):
     assert len(list((run / "samples").glob("*.mp4"))) == (8 if family.flags.get("--num_frames", 1) > 1 else 0)
 
 
+@pytest.mark.slow
+def test_layouts_make_the_same_training(family, cache, tmp_path):
+    """One process, two with half the prompts each, two that share each sample, and four that do both: the same up to rounding."""
+    layouts = {"one": (1, 1), "dp_2": (2, 1)} | ({} if family.name == "sd" else {"sp_2": (2, 2), "dp_2_sp_2": (4, 2)})
+    smooth = "visual" if family.flags.get("--num_frames", 1) > 1 else "aesthetic"
+    rows = {}
+    for layout, (processes, sp_size) in layouts.items():
+        flags = {"--model": family.model, "--embeddings": cache, "--output_dir": tmp_path / layout} | SMALL_RUN | family.flags
+        flags |= {"--rewards": smooth, "--iterations": 5} | ({"--sp_size": sp_size} if sp_size > 1 else {})
+        result = run_script(family.script, flags, processes=processes, log=tmp_path / f"{layout}.log")
+        assert result.returncode == 0, result.stderr
+        rows[layout] = metrics_of(tmp_path / layout)
+    for layout in layouts:
+        assert len(rows[layout]) == 5
+        for row, expected in zip(rows[layout], rows["one"]):
+            for key in (f"reward/{smooth}_mean", "policy/grad_norm"):
+                tolerance = 1e-5 if row["iteration"] == 1 else 1e-3
+                assert row[key] == pytest.approx(expected[key], rel=tolerance), (layout, row["iteration"], key)
+
+
 def test_the_export_in_diffusers_pipeline_is_our_sampler(policy, run, family, monkeypatch):
     exported = type(policy[2]).from_pretrained(run / "export", subfolder=family.network)
     assert_noise_0_is_the_pipeline(policy, family, exported, monkeypatch)

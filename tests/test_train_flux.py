@@ -134,6 +134,33 @@ def test_stage_3_with_every_tensor_sharded(train, one_process, tmp_path, flags):
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 3
 
 
+COUNT_DECODED = """
+import os
+import train_grpo_flux
+from fastvideo import distributed
+
+decode = train_grpo_flux.decode
+
+def counting_decode(vae, x0_hat, args):
+    with open(f"{args.output_dir}.decoded.{os.environ['RANK']}", "a") as file:
+        print(len(x0_hat), file=file)
+    return decode(vae, x0_hat, args)
+
+train_grpo_flux.decode = counting_decode
+distributed.run(train_grpo_flux.main)
+"""
+
+
+def test_no_process_decodes_what_another_does(train, tmp_path):
+    """4 prompts of 4 samples, and 8 pictures, on two pairs of processes: each decodes 4 samples and 2 pictures."""
+    script, run = tmp_path / "count.py", tmp_path / "run"
+    script.write_text(COUNT_DECODED)
+    train(run, FOUR_PROMPTS, {"--iterations": 1, "--sample_every": 1, "--sp_size": 2}, processes=4, script=script)
+    for rank in range(4):
+        counts = [int(line) for line in run.with_name(f"run.decoded.{rank}").read_text().splitlines()]
+        assert sum(counts) == 4 + 2
+
+
 @pytest.mark.slow
 def test_command_line_and_torchrun(run_flags, one_process, tmp_path):
     """What the other tests fork, launched as a user does: the same numbers."""
@@ -240,14 +267,14 @@ def test_gradient_checkpointing_changes_no_number(train, finished_run, tmp_path)
 
 @pytest.mark.parametrize("flags", [{"--learning_rate": 1e-3}, {"--learning_rate": 1e-2, "--lora_rank": 4}], ids=["full", "lora"])
 def test_kl_to_the_initial_policy(train, tmp_path, flags):
-    """0 until the first update, above 0 from then on; the same on two processes."""
+    """0 until the first update, above 0 from then on; the same on four processes, in pairs that share each sample."""
     options = {"--kl_weight": 0.01, "--updates_per_iteration": 1} | flags
     train(tmp_path / "one", options)
     kl = [row["policy/kl"] for row in metrics_of(tmp_path / "one")]
     assert abs(kl[0]) < 1e-9
     assert all(value > 1e-7 for value in kl[1:]), kl
-    train(tmp_path / "two", options, processes=2)
-    assert [row["policy/kl"] for row in metrics_of(tmp_path / "two")] == pytest.approx(kl, rel=1e-2, abs=1e-9)
+    train(tmp_path / "four", options, {"--sp_size": 2}, processes=4)
+    assert [row["policy/kl"] for row in metrics_of(tmp_path / "four")] == pytest.approx(kl, rel=1e-2, abs=1e-9)
 
 
 @torch.no_grad()
