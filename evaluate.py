@@ -90,7 +90,7 @@ class Args:
     prompts: Path
     """Prompt file, .txt or .jsonl."""
     rewards: tuple[str, ...]
-    """Each NAME[=PATH][@THRESHOLD]."""
+    """Each NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]."""
     output_dir: Path
     """Where results.json and the pictures go."""
     checkpoint: Path | None = None

@@ -50,7 +50,7 @@ class Args:
     output_dir: Path
     """Run folder: metrics, checkpoints, pictures, and after the last iteration export/."""
     rewards: tuple[str, ...]
-    """Each NAME[=PATH][@THRESHOLD]; a threshold makes the reward binary."""
+    """Each NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]; a threshold makes the reward binary."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward's advantages, in the order of --rewards (default: 1 each)."""
     iterations: int = 300

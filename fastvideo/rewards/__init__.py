@@ -3,15 +3,18 @@
 To add one, write a file beside this one with a loader and enter it in `REWARDS` (docs/rewards.md has an example).
 
 A loader is called as `load(path, device)`, where `path` is what the user wrote after "=" (None if nothing), and returns a reward:
-`reward(media, rows) -> (B,) tensor`, higher is better.
+`reward(media, rows) -> (B,) tensor`, higher is better. Keyword-only parameters of a loader, with defaults, are options that the user may
+give: `def load(path, device, *, fps: float = 2.0)` takes `NAME=PATH,fps=4`.
     media: float32 in [-1, 1], images (B, 3, H, W) or clips (B, 3, frames, H, W), on `device`.
     rows: B dicts, one a sample, with "prompt" and whatever further fields the prompt file had.
 """
 
+import inspect
 import re
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -21,7 +24,7 @@ from fastvideo.rewards.shapes import load_aesthetic, load_fidelity, load_motion,
 
 Reward = Callable[[torch.Tensor, list[dict]], torch.Tensor]
 
-REWARDS: dict[str, Callable[[str | None, torch.device], Reward]] = {
+REWARDS: dict[str, Callable[..., Reward]] = {
     "shapes": load_shapes,
     "shapes_strict": load_shapes_strict,
     "aesthetic": load_aesthetic,
@@ -34,38 +37,55 @@ REWARDS: dict[str, Callable[[str | None, torch.device], Reward]] = {
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """One `NAME[=PATH][@THRESHOLD]` from the command line."""
+    """One `NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]` from the command line."""
 
     name: str
     path: str | None = None
     threshold: float | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def parse_rewards(texts: Sequence[str]) -> list[RewardSpec]:
     """`["clip=shapes/models/clip@0.3"]` -> `[RewardSpec("clip", "shapes/models/clip", 0.3)]`.
 
-    Raises UserError for an unknown or repeated name, or a threshold that is no number.
+    Raises UserError for an unknown or repeated name, an unknown option, or a number that is none.
     """
     if not texts:
         raise UserError("--rewards needs at least one reward")
     specs = []
     for text in texts:
-        match = re.fullmatch(r"(?P<name>[^=@]+)(=(?P<path>.+?))?(@(?P<threshold>[^@/]+))?", text)
+        match = re.fullmatch(r"(?P<name>[^=@,]+)(=(?P<path>.+?))?(?P<options>(,\w+=[^,@]*)*)(@(?P<threshold>[^@/]+))?", text)
         if match is None or match["name"] not in REWARDS:
-            raise UserError(f"--rewards: unknown reward {text!r}; known names are {', '.join(REWARDS)}, written as NAME[=PATH][@THRESHOLD]")
+            form = "NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]"
+            raise UserError(f"--rewards: unknown reward {text!r}; known names are {', '.join(REWARDS)}, written as {form}")
         try:
             threshold = None if match["threshold"] is None else float(match["threshold"])
         except ValueError:
             raise UserError(f"--rewards: the threshold {match['threshold']!r} in {text!r} is not a number") from None
         if match["name"] in [spec.name for spec in specs]:
             raise UserError(f"--rewards: {match['name']!r} is given twice")
-        specs.append(RewardSpec(match["name"], match["path"], threshold))
+        specs.append(RewardSpec(match["name"], match["path"], threshold, _options(match["name"], match["options"], text)))
     return specs
+
+
+def _options(name: str, words: str, text: str) -> dict[str, Any]:
+    """`",fps=4"` -> `{"fps": 4.0}`, of the type of the default that the reward's loader has for it."""
+    parameters = inspect.signature(REWARDS[name]).parameters.values()
+    defaults = {parameter.name: parameter.default for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY}
+    options = {}
+    for option, value in (word.split("=", 1) for word in words.split(",")[1:]):
+        if option not in defaults:
+            raise UserError(f"--rewards: {text!r} has an unknown option {option!r}; {name} knows {', '.join(defaults) or 'none'}")
+        try:
+            options[option] = type(defaults[option])(value)
+        except ValueError:
+            raise UserError(f"--rewards: the option {option!r} in {text!r} is not a number") from None
+    return options
 
 
 def load_rewards(specs: list[RewardSpec], device: torch.device) -> dict[str, Reward]:
     """Load each reward onto `device`, with its threshold applied: 1 above it, else 0 (the paper's binary reward)."""
-    return {spec.name: _with_threshold(REWARDS[spec.name](spec.path, device), spec.threshold) for spec in specs}
+    return {spec.name: _with_threshold(REWARDS[spec.name](spec.path, device, **spec.options), spec.threshold) for spec in specs}
 
 
 def _with_threshold(reward: Reward, threshold: float | None) -> Reward:
