@@ -11,7 +11,6 @@ os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else
 
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
-from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
 from deepspeed.utils import logger as deepspeed_logger
 
 from fastvideo.distributed import UserError
@@ -120,7 +119,7 @@ def gathered(engine: deepspeed.DeepSpeedEngine, enabled: bool = True) -> Iterato
         yield
         return
     # The hooks stay, and what the coordinator has recorded of the training passes: to register hooks anew would make it start over.
-    coordinator, depth = offload.param_coordinator, len(FWD_MODULE_STACK)
+    coordinator = offload.param_coordinator
     offload.partition_all_parameters()  # waits for those on their way, and drops what earlier passes kept: it may be out of date
     with deepspeed.zero.GatheredParameters(engine.module.parameters()):
         offload.param_coordinator = _AllGathered()
@@ -128,7 +127,6 @@ def gathered(engine: deepspeed.DeepSpeedEngine, enabled: bool = True) -> Iterato
             yield
         finally:
             offload.param_coordinator = coordinator
-            del FWD_MODULE_STACK[depth:]  # left by a forward pass that raised
     if persistent := offload.persistent_parameters:  # those too small to be worth sharding
         persistent[0].all_gather(persistent)
 
