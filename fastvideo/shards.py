@@ -68,13 +68,17 @@ def parameter_shapes(engine: DeepSpeedEngine) -> dict[str, list[int]]:
 def set_updates(engine: DeepSpeedEngine, updates: int) -> None:
     """Set Adam's step and the learning rate of a fresh engine to where they are after `updates` updates; Adam's averages start as zeros."""
     optimizer, scheduler = engine.basic_optimizer, engine.lr_scheduler
+    on_cpu = isinstance(optimizer, DeepSpeedCPUAdam)
     for shard in _optimized(engine):
-        step = updates if isinstance(optimizer, DeepSpeedCPUAdam) else torch.tensor(float(updates))
         averages = {average: torch.zeros_like(shard.data) for average in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[shard] = {"step": step, **averages}
+        optimizer.state[shard] = {"step": updates if on_cpu else torch.tensor(float(updates)), **averages}
     engine.global_steps = scheduler.last_epoch = updates
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(updates)
+    # DeepSpeed's CPU Adam multiplies up beta ** step as it goes; with pow, which it takes after a jump, the last bit would differ.
+    for step in range(1, updates + 1 if on_cpu else 1):
+        unused, defaults = torch.zeros(4, 1), optimizer.defaults
+        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *defaults["betas"], defaults["eps"], 0.0, True, *unused)
 
 
 def refresh_weights(engine: DeepSpeedEngine) -> None:
