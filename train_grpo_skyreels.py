@@ -494,8 +494,6 @@ def main() -> None:
 
     # Resume.
     done = checkpoint.load(engine, ema, resume_from, ranks) if resume_from else 0
-    if done > args.iterations:
-        raise UserError(f"{resume_from} is at iteration {done}, beyond --iterations {args.iterations}")
     sampling = {name: (arguments | cache.fingerprint)[name] for name in SAMPLING}
     if ranks.is_main:
         print(f"resuming from {resume_from}" if resume_from else f"a new run in {args.output_dir}")
@@ -591,8 +589,6 @@ def main() -> None:
                         norm = zero.backward_and_step(engine, loss * row["share"])
                         stats.append(row)
                     norms.append(norm)
-                    if not math.isfinite(norm):
-                        raise UserError(f"the gradient norm is {norm} in iteration {iteration}: diverged; the last checkpoint is whole")
                     if u == 0 and iteration == done + 1:
                         deviations = distributed.all_gather_object(max(row["ratio_max_dev"].item() for row in stats))
                         check_ratio(max(deviations), args.clip_range)

@@ -55,7 +55,8 @@ def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: 
     if ranks.is_main:
         sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in temporary.rglob("*") if path.is_file()}
         state = {"iteration": iteration, "updates": engine.global_steps, "dtype": str(engine.module.dtype), "ema": ema is not None}
-        state |= {"world_size": ranks.world_size, "sp_size": ranks.sp_size, "zero_stage": engine.zero_optimization_stage()}  # to know only
+        # These are for people only: none of them matters to `load`.
+        state |= {"world_size": ranks.world_size, "sp_size": ranks.sp_size, "zero_stage": engine.zero_optimization_stage()}
         state |= {"files": sizes, "parameters": parameter_shapes(engine)}
         (temporary / "state.json").write_text(json.dumps(state, indent=2))
         rename_folder(temporary, folder / name)
@@ -84,13 +85,17 @@ def latest(folder: Path) -> Path | None:
 def to_resume(output_dir: Path, resume: Literal["auto", "never"], arguments: dict[str, Any]) -> Path | None:
     """The checkpoint that a run in `output_dir` goes on from, None for a new run; warns of arguments that have changed since.
 
-    Raises UserError where there is a run but `resume` is "never", and for changed arguments that the checkpoint decides.
+    Raises UserError where there is a run but `resume` is "never", for changed arguments that the checkpoint decides, and for a checkpoint
+    that is beyond the last iteration.
     """
     checkpoint = latest(output_dir / "checkpoints")
     if resume == "never" and (checkpoint or (output_dir / "metrics.jsonl").exists()):
         raise UserError(f"--output_dir {output_dir} has a run in it and --resume is never: choose another folder")
     if checkpoint:
         check_arguments(output_dir, arguments)
+        done = int(checkpoint.name.removeprefix("iteration_"))
+        if done > arguments["iterations"]:
+            raise UserError(f"{checkpoint} is at iteration {done}, beyond --iterations {arguments['iterations']}")
     return checkpoint
 
 
@@ -139,7 +144,8 @@ def _read_state(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path) -> d
     saved, now = state["parameters"], parameter_shapes(engine)
     for name in saved | now:
         if saved.get(name) != now.get(name):
-            raise UserError(f"checkpoint {checkpoint} has {name} of shape {saved.get(name)}, but the model's is {now.get(name)}")
+            shapes = f"the shape of {name} is {saved.get(name, 'absent')} there and {now.get(name, 'absent')} here"
+            raise UserError(f"checkpoint {checkpoint} is of another model: {shapes}")
     return state
 
 

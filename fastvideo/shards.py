@@ -41,8 +41,8 @@ def fragments(engine: DeepSpeedEngine) -> list[list[Fragment]]:
         return [_equal_parts(group, names, engine.global_rank) for group in optimizer.fp16_groups]
     shards = []
     for group in optimizer.bit16_groups if hasattr(optimizer, "bit16_groups") else optimizer.bf16_groups:
-        here = [(parameter, parameter._hp_mapping) for parameter in group if parameter._hp_mapping is not None]
-        places = [(names[parameter], of.lp_fragment_address.start, of.hp_fragment_address) for parameter, of in here]
+        links = [(names[parameter], parameter._hp_mapping) for parameter in group if parameter._hp_mapping is not None]
+        places = [(name, link.lp_fragment_address.start, link.hp_fragment_address) for name, link in links]
         shards.append([Fragment(name, start, place.start, place.numel) for name, start, place in places])
     return shards
 
@@ -75,20 +75,20 @@ def set_updates(engine: DeepSpeedEngine, updates: int) -> None:
     engine.global_steps = scheduler.last_epoch = updates
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(updates)
-    # DeepSpeed's CPU Adam multiplies up beta ** step as it goes; with pow, which it takes after a jump, the last bit would differ.
-    for step in range(1, updates + 1 if on_cpu else 1):
-        unused, defaults = torch.zeros(4, 1), optimizer.defaults
-        optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *defaults["betas"], defaults["eps"], 0.0, True, *unused)
+    if on_cpu:  # it multiplies up beta ** step as it goes, but takes pow after a jump, whose last bit differs: go there step by step
+        nothing, betas, eps = torch.zeros(4, 1), optimizer.defaults["betas"], optimizer.defaults["eps"]
+        for step in range(1, updates + 1):
+            optimizer.ds_opt_adam.adam_update(optimizer.opt_id, step, 0.0, *betas, eps, 0.0, True, *nothing)
 
 
 def refresh_weights(engine: DeepSpeedEngine) -> None:
     """Collective. Make the network run with what stands in `master_shards`."""
     optimizer = engine.optimizer
     if engine.zero_optimization_stage() == 3:
+        optimizer.parameter_offload.partition_all_parameters()  # what earlier forward passes left gathered is out of date
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        if persistent := optimizer.persistent_parameters:  # always gathered, so that all_gather alone would pass them over
-            persistent[0].partition(persistent)
+        if persistent := optimizer.persistent_parameters:  # those too small to be worth sharding
             persistent[0].all_gather(persistent)
     elif engine.zero_optimization_stage() > 0:
         optimizer.update_lp_params()

@@ -1,5 +1,6 @@
 """DeepSpeed ZeRO: configuration from a few numbers, the engine, and access to the weights that it shards."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,7 +76,7 @@ def backward_and_step(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> 
     """Collective. Backward of one micro-batch; on the last of an update also the optimiser step.
 
     loss: this micro-batch's part of the update's loss, already weighted: the parts are summed, not averaged.
-    Returns the global gradient norm before clipping after a step, None between steps.
+    Returns the global gradient norm before clipping after a step, None between steps. Raises UserError if that is not finite.
     """
     engine.backward(loss, scale_wrt_gas=False)
     if not engine.is_gradient_accumulation_boundary():
@@ -85,7 +86,10 @@ def backward_and_step(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> 
     if engine.zero_optimization_stage() == 0:  # DeepSpeed reports no norm there; the gradients are averaged by now
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
     engine.step()
-    return float(engine.get_global_grad_norm() if norm is None else norm)
+    norm = float(engine.get_global_grad_norm() if norm is None else norm)
+    if not math.isfinite(norm):
+        raise UserError(f"the gradient norm is {norm} in update {engine.global_steps}: diverged; the last checkpoint is whole")
+    return norm
 
 
 class _AllGathered:
