@@ -12,7 +12,10 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from fastvideo.watch import Watch, from_collective
+
 T = TypeVar("T")
+_watch: Watch | None = None  # of the process group, which is global too
 
 
 class UserError(Exception):
@@ -69,8 +72,9 @@ def launch_rank() -> int:
 def init(sp_size: int = 1, timeout_minutes: float = 30) -> Ranks:
     """Join the process group (NCCL on GPUs, gloo on CPUs) and return this process's place in it.
 
-    Works under torchrun and under plain python, where the group has one member. `timeout_minutes` bounds every collective, so a lost
-    process ends the job instead of hanging it. Raises UserError if groups of `sp_size` do not fit the number of processes.
+    Works under torchrun and under plain python, where the group has one member. `timeout_minutes` bounds every collective; a process
+    lost or hanging for that long ends the job, and is named (`fastvideo.watch`). Raises UserError if groups of `sp_size` do not fit the
+    number of processes.
     """
     on_gpu = torch.cuda.is_available()
     if on_gpu:
@@ -78,7 +82,12 @@ def init(sp_size: int = 1, timeout_minutes: float = 30) -> Ranks:
     backend, timeout = ("nccl" if on_gpu else "gloo"), timedelta(minutes=timeout_minutes)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it under plain python too
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timeout)
+        store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        if world_size > 1:
+            global _watch
+            _watch = Watch(store, rank, world_size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -97,7 +106,10 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a `UserError` becomes one sentence on stderr, once, and exit code 2. Other errors keep their traceback."""
+    """Call `main`; a `UserError` becomes one sentence on stderr, once, and exit code 2. Other errors keep their traceback.
+
+    A collective that fails because a process is lost becomes one sentence that names it, from the lowest rank left, and exit code 1.
+    """
     try:
         main()
     except KeyboardInterrupt:
@@ -105,10 +117,20 @@ def run(main: Callable[[], None]) -> None:
             print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         os._exit(130)  # the process group's threads would wait for each other
     except UserError as error:
+        if _watch:
+            _watch.stop(str(error))
         if launch_rank() != 0:
             time.sleep(10)  # an error of all ranks is told by rank 0, after which torchrun ends this process; else it is ours to tell
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except Exception as error:
+        if _watch and from_collective(error):
+            _watch.give_up(error)
+        if _watch:
+            _watch.stop(f"{type(error).__name__}: {error}")
+        raise
+    if _watch:
+        _watch.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
 
