@@ -31,8 +31,8 @@ MIB = 2**20
 NOTES = """\
 Held between two micro-batches of the second update. Theory: weights in the network's dtype, gradients in float32.
 parameters: stage 3 keeps small ones (up to 100,000 elements) whole on every process, beside their shards.
-gradients: stage 2 keeps whole the one that two processes' shards divide; stage 1 in bfloat16 keeps the last micro-batch's in bfloat16,
-  beside the float32 sum.
+gradients: stage 2 in float32 keeps whole those that a border between shards divides; stage 1 in bfloat16 keeps the last micro-batch's
+  beside the float32 sum. --offload adds float32 copies of the own shard in host memory.
 optimizer: Adam's two averages, and from stage 1 on a copy of the weights, all in float32.
 other: DeepSpeed's bucket for sending gradients has 500 million elements whatever the model's size; real memory on a GPU, on a CPU only
   as far as it is written. Stage 2 frees it after each micro-batch, stage 1 after each update, stage 3 never."""
@@ -89,8 +89,14 @@ def held(engine: zero.deepspeed.DeepSpeedEngine, before: list[torch.Tensor]) -> 
     """Bytes that this process holds of each of KINDS, and in other tensors that are not in `before`; host: how much of it is on the CPU."""
     parameters, optimizer = list(engine.module.parameters()), engine.optimizer
     alive = tensors_alive()
-    flat_gradients = ("averaged_gradients", "all_grad_tensors", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
-    gradients = [getattr(optimizer, name, None) for name in flat_gradients]  # each at some stages
+    places = (
+        "averaged_gradients",
+        "all_grad_tensors",
+        "accumulated_grads_in_cpu",
+        "fp32_groups_gradients_flat",
+        "grad_partitions_flat_buffer",
+    )
+    gradients = [getattr(optimizer, place, None) for place in places]  # each at some stages
     gradients += [tensor.grad for tensor in alive if tensor.is_leaf] + [getattr(parameter, "grad_accum", None) for parameter in parameters]
     averages = [state for shard_state in engine.basic_optimizer.state.values() for state in shard_state.values()]
     masters = master_shards(engine) if engine.zero_optimization_stage() > 0 else []
