@@ -16,7 +16,7 @@ def results_of(script, *flags, processes, log) -> list[dict]:
     return json.loads(result.stdout.splitlines()[-1])["results"]
 
 
-@pytest.mark.parametrize("tokens, heads", [(512, 8), (515, 7)], ids=["divisible", "indivisible"])
+@pytest.mark.parametrize("tokens, heads", [(512, 8), pytest.param(515, 7, marks=pytest.mark.slow)], ids=["divisible", "indivisible"])
 def test_sequence_parallelism_sends_what_theory_says_and_divides_the_activations(tmp_path, tokens, heads):
     sizes = {"--tokens": tokens, "--text_tokens": 32, "--heads": heads, "--layers": 2, "--repeats": 1}
     results = results_of(SEQUENCE_PARALLEL, {"--model": MODELS}, sizes, processes=4, log=tmp_path / "log")
@@ -41,7 +41,9 @@ def test_sequence_parallelism_benchmark_in_bfloat16_sends_half(tmp_path):
             assert row["forward_bytes_per_layer"] == row["backward_bytes_per_layer"] == 2 * elements
 
 
-@pytest.mark.parametrize("dtype, stages", [("float32", (0, 1, 2, 3)), ("bfloat16", (1, 2, 3))])
+@pytest.mark.parametrize(
+    "dtype, stages", [("float32", (0, 1, 2, 3)), pytest.param("bfloat16", (1, 2, 3), marks=pytest.mark.slow)], ids=["float32", "bfloat16"]
+)
 def test_zero_holds_what_theory_says(tmp_path, dtype, stages):
     results = results_of(ZERO, {"--dtype": dtype}, processes=2, log=tmp_path / "log")
     assert [row["stage"] for row in results] == list(stages)

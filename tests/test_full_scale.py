@@ -145,7 +145,12 @@ def in_bfloat16(kind: type, config: dict) -> torch.nn.Module:
         torch.set_default_dtype(torch.float32)
 
 
-@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+QUICK = ("flux.1-dev", "hunyuan_video")
+
+
+@pytest.mark.parametrize(
+    "model", [pytest.param(model, id=name, marks=[] if name in QUICK else pytest.mark.slow) for name, model in MODELS.items()]
+)
 def test_a_rollout_and_an_update_at_full_size(model, tmp_path):
     module = importlib.import_module(model.script)
     args = module.Args(model=tmp_path, embeddings=tmp_path, output_dir=tmp_path, rewards=("aesthetic",), sampling_steps=2, **model.flags)

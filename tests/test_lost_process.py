@@ -86,7 +86,7 @@ def errors(said: str) -> list[str]:
     [
         (signal.SIGKILL, 1, 60, 15),  # the others' connections break: no need to wait
         (signal.SIGKILL, 0, 60, 15),
-        (signal.SIGSTOP, 1, 8, 25),
+        pytest.param(signal.SIGSTOP, 1, 8, 25, marks=pytest.mark.slow),
         pytest.param(signal.SIGSTOP, 0, 8, 35, marks=pytest.mark.slow),
     ],
 )
