@@ -32,7 +32,9 @@ from fastvideo.media import save_samples
 from fastvideo.models.wan import parallelize
 from fastvideo.pretrained import add_lora, initial_weights, load_pretrained
 from fastvideo.prompts import draw_prompts
-from fastvideo.rewards import group_statistics, load_rewards, parse_rewards, score
+from fastvideo.rewards import check_rewards, load_rewards, parse_rewards, score
+from fastvideo.rewards.preflight import preflight
+from fastvideo.rewards.statistics import group_statistics, warn_of_over_optimization
 
 FAMILY = "wan"  # of the embedding caches that fit
 # What evaluate.py takes over from a run.
@@ -53,6 +55,8 @@ class Args:
     """Each NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]; a threshold makes the reward binary."""
     reward_weights: tuple[float, ...] = ()
     """Weight of each reward's advantages, in the order of --rewards (default: 1 each)."""
+    held_out_rewards: tuple[str, ...] = ()
+    """Rewards that are logged but never trained on: if they fall while the others rise, the training over-optimises."""
     iterations: int = 300
     """Training iterations: each draws prompts, samples, and makes --updates_per_iteration updates."""
     seed: int = 0
@@ -145,10 +149,7 @@ class Args:
     """Where metrics go besides metrics.jsonl."""
 
     def __post_init__(self) -> None:
-        parse_rewards(self.rewards)
-        if self.reward_weights and len(self.reward_weights) != len(self.rewards):
-            raise UserError(f"--reward_weights has {len(self.reward_weights)} numbers for {len(self.rewards)} --rewards")
-        self.reward_weights = self.reward_weights or (1.0,) * len(self.rewards)
+        self.reward_weights = check_rewards(self.rewards, self.reward_weights, self.held_out_rewards)
         rules = {
             "at least 2": "num_generations sampling_steps",
             "above 0": "iterations prompts_per_iteration updates_per_iteration height width shift noise_level clip_range advantage_clip "
@@ -333,16 +334,16 @@ def rollout(
 
 # Copied from train_grpo_flux.py
 def group_advantages(rewards: dict[str, torch.Tensor], weights: dict[str, float]) -> torch.Tensor:
-    """Eq. 10 within each prompt's group, for each reward, then the weighted sum (Algorithm 1, line 8).
+    """Eq. 10 within each prompt's group, for each reward that has a weight, then the weighted sum (Algorithm 1, line 8).
 
     rewards: name -> (P, G). Returns (P, G) float32. A group whose rewards are all equal gets exactly zero.
     """
     total = 0
-    for name, values in rewards.items():
-        values = values.double()
+    for name, weight in weights.items():
+        values = rewards[name].double()
         deviations = (values - values.mean(1, keepdim=True)) / (values.std(1, keepdim=True) + 1e-8)
         equal = values.amax(1, keepdim=True) == values.amin(1, keepdim=True)  # not std == 0: the mean of equal numbers is rounded
-        total = total + weights[name] * deviations.masked_fill(equal, 0)
+        total = total + weight * deviations.masked_fill(equal, 0)
     return total.float()
 
 
@@ -453,8 +454,8 @@ def main() -> None:
     # Data, rewards, models, engine.
     cache = EmbeddingCache(args.embeddings, {"family": FAMILY}, ranks)
     check_encoder(cache, args.model)
-    rewards = load_rewards(parse_rewards(args.rewards), device)
-    weights = dict(zip(rewards, args.reward_weights, strict=True))
+    rewards = load_rewards(parse_rewards(args.rewards + args.held_out_rewards), device)
+    weights = dict(zip(rewards, args.reward_weights))  # of those that are trained on
     transformer, vae = load_models(args, dtype, ranks)
     distributed.together(lambda: load_cond(cache, [0], transformer, vae, args))  # a cache that does not fit is refused now
     reference = copy.deepcopy(transformer).requires_grad_(False) if args.kl_weight and not args.lora_rank else None
@@ -477,6 +478,8 @@ def main() -> None:
     schedule = time_schedule(args.sampling_steps, args.shift).to(device)
     noise_levels = [args.noise_level if step in args.stochastic_steps else 0.0 for step in range(args.sampling_steps)]
     shape = latent_shape(transformer, vae, args)
+
+    distributed.together(lambda: preflight(rewards, decode(vae, torch.zeros(2, *shape, device=device), args), cache.rows[0]))
 
     # Resume.
     done = checkpoint.load(engine, ema, resume_from, ranks) if resume_from else 0
@@ -584,7 +587,7 @@ def main() -> None:
         # What happened, on all processes together.
         stats = [{name: float(value) for name, value in row.items()} for row in stats]
         stats = [row for rows in distributed.all_gather_object(stats) for row in rows]
-        metrics = group_statistics(group_rewards)
+        metrics = group_statistics(group_rewards, weights)
         metrics["advantage/abs_mean"] = advantages.abs().mean().item()
         for name in ("loss", "ratio_mean", "approx_kl", "clip_frac", *(["kl"] if args.kl_weight else [])):
             metrics[f"policy/{name}"] = sum(row[name] * row["share"] for row in stats) / (N * ranks.world_size)
@@ -593,9 +596,9 @@ def main() -> None:
         metrics["policy/lr"] = engine.get_lr()[0]
         metrics |= tracking.costs(timer, P * G) | {"samples": iteration * P * G}
         tracker.log(iteration, metrics)
-        shown = {name: f"{metrics[f'reward/{name}_mean']:.3f}" for name in rewards}
-        shown |= {"|ratio-1|": f"{metrics['policy/ratio_max_dev']:.0e}", "samples/s": f"{metrics['throughput/samples_per_s']:.1f}"}
-        progress.set_postfix(shown)
+        warn_of_over_optimization(args.output_dir, iteration)
+        shown = {name: f"{metrics[f'reward/{name}_mean']:.3f}" for name in weights}
+        progress.set_postfix(shown | {"|ratio-1|": f"{metrics['policy/ratio_max_dev']:.0e}"})
         last = iteration == args.iterations
         if args.sample_every and (iteration % args.sample_every == 0 or last):
             with ema.applied() if ema else nullcontext():

@@ -9,6 +9,7 @@ give: `def load(path, device, *, fps: float = 2.0)` takes `NAME=PATH,fps=4`.
     rows: B dicts, one a sample, with "prompt" and whatever further fields the prompt file had.
 """
 
+import functools
 import inspect
 import re
 import traceback
@@ -87,6 +88,15 @@ def _options(name: str, words: str, text: str) -> dict[str, Any]:
     return options
 
 
+def check_rewards(trained: tuple[str, ...], weights: tuple[float, ...], held_out: tuple[str, ...]) -> tuple[float, ...]:
+    """The weights of `trained` rewards, 1 each if none are given. Raises UserError as `parse_rewards` does, and for another number of them."""
+    parse_rewards(trained)
+    parse_rewards(trained + held_out)
+    if weights and len(weights) != len(trained):
+        raise UserError(f"--reward_weights has {len(weights)} numbers for {len(trained)} --rewards")
+    return weights or (1.0,) * len(trained)
+
+
 def load_rewards(specs: list[RewardSpec], device: torch.device) -> dict[str, Reward]:
     """Load each reward onto `device`, with its threshold applied: 1 above it, else 0 (the paper's binary reward)."""
     return {spec.name: _with_threshold(REWARDS[spec.name](spec.path, device, **spec.options), spec.threshold) for spec in specs}
@@ -96,6 +106,7 @@ def _with_threshold(reward: Reward, threshold: float | None) -> Reward:
     if threshold is None:
         return reward
 
+    @functools.wraps(reward)
     def binary(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
         values = reward(media, rows)
         return torch.where(values.isfinite(), (values > threshold).to(values.dtype), values)  # a NaN stays one, to be reported
@@ -126,15 +137,3 @@ def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> 
                 raise UserError(f"reward {name!r} is {value} for a sample of the prompt {row['prompt']!r}")
         scores[name] = values
     return scores
-
-
-def group_statistics(group_rewards: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Metrics of rewards name -> (P, G), a row of samples for each prompt: means, spread within rows, and the share of rows in which
-    no reward tells the samples apart, which teach nothing."""
-    metrics = {}
-    for name, values in group_rewards.items():
-        metrics[f"reward/{name}_mean"] = values.double().mean().item()
-        metrics[f"reward/{name}_group_std"] = values.double().std(1).mean().item()
-    flat = torch.stack([values.amax(1) == values.amin(1) for values in group_rewards.values()])
-    metrics["reward/zero_std_frac"] = flat.all(0).double().mean().item()
-    return metrics

@@ -1,0 +1,66 @@
+"""Before training: does each reward work on media of the run's own shape?"""
+
+import inspect
+import time
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from fastvideo.distributed import UserError, launch_rank
+from fastvideo.rewards import Reward, score
+from fastvideo.tracking import peak_memory_gib
+
+# Rewards that must prefer a plain drawing to noise, and the prompt for which: who cannot has no trained weights, or the wrong preprocessing.
+CIRCLE, SIGN = "a red circle", 'a sign that says "OPEN"'
+KNOWN = {
+    **dict.fromkeys(("shapes", "shapes_strict", "aesthetic", "visual", "clip", "hpsv2", "pickscore"), CIRCLE),
+    "ocr": SIGN,
+}
+
+
+def preflight(rewards: dict[str, Reward], media: torch.Tensor, row: dict) -> None:
+    """Score `media` (B, 3, H, W) or (B, 3, F, H, W) in [-1, 1], as they leave the decoder, for the prompt of `row`; say what it costs.
+
+    Raises UserError for a reward that fails, is not finite, has the wrong shape (as `score` does), changes when asked again, or, where it
+    can be known, does not tell a plain drawing from noise.
+    """
+    for name, reward in rewards.items():
+        memory = peak_memory_gib()
+        first = score({name: reward}, media, [row] * len(media))[name]
+        start = time.perf_counter()
+        again = score({name: reward}, media.clone(), [row] * len(media))[name]
+        seconds = (time.perf_counter() - start) / len(media)
+        if not torch.allclose(first, again, rtol=1e-3, atol=1e-4):
+            raise UserError(f"preflight: reward {name!r} gave {first.tolist()} and then {again.tolist()} for the same samples")
+        told = ""
+        if name in KNOWN:
+            plain = inspect.unwrap(reward)  # without a threshold, below which all are equal
+            pair = torch.stack([drawing(KNOWN[name], media), noise(media)])
+            drawn, random = score({name: plain}, pair, [{"prompt": KNOWN[name]}] * 2)[name].tolist()
+            if not drawn > random:
+                raise UserError(
+                    f"preflight: reward {name!r} gives a drawing of {KNOWN[name]!r} {drawn:.4g} and noise {random:.4g}: its weights, "
+                    "or what is done to pictures before, are wrong"
+                )
+            told = f"; {drawn:.4g} for a drawing of {KNOWN[name]!r}, {random:.4g} for noise"
+        if launch_rank() == 0:
+            print(f"preflight: {name}: {seconds:.3f} s a sample, {peak_memory_gib() - memory:+.1f} GiB{told}")
+
+
+def drawing(prompt: str, like: torch.Tensor) -> torch.Tensor:
+    """A picture of CIRCLE or SIGN, or a clip that stands still, of the shape of a sample of `like`: (3, H, W) or (3, F, H, W) in [-1, 1]."""
+    height, width = like.shape[-2:]
+    image = Image.new("RGB", (4 * width, 4 * height), "white")  # drawn larger, for smooth edges
+    if prompt == CIRCLE:
+        radius = 1.25 * min(height, width)
+        ImageDraw.Draw(image).circle((2 * width, 2 * height), radius, fill=(255, 0, 0))
+    else:
+        ImageDraw.Draw(image).text((2 * width, 2 * height), "OPEN", "black", ImageFont.load_default(1.2 * width), anchor="mm")
+    pixels = torch.frombuffer(bytearray(image.resize((width, height), Image.Resampling.BOX).tobytes()), dtype=torch.uint8)
+    picture = pixels.view(height, width, 3).permute(2, 0, 1).to(like) / 127.5 - 1
+    return picture if like.ndim == 4 else picture[:, None].expand(like.shape[1:])
+
+
+def noise(like: torch.Tensor) -> torch.Tensor:
+    """Of the shape of a sample of `like`, uniform in [-1, 1]."""
+    return torch.rand(like.shape[1:], generator=torch.Generator().manual_seed(0)).to(like) * 2 - 1

@@ -1,0 +1,135 @@
+"""Around the rewards: what is logged of each, held-out rewards and the warning of over-optimisation, and the check before training."""
+
+import json
+
+import pytest
+import torch
+from conftest import REPOSITORY, metrics_of
+
+from fastvideo.distributed import UserError
+from fastvideo.rewards import load_rewards, parse_rewards
+from fastvideo.rewards.preflight import preflight
+from fastvideo.rewards.statistics import EVALUATIONS, WINDOW, group_statistics, warn_of_over_optimization
+
+CLIP = REPOSITORY / "shapes" / "models" / "clip"
+PICTURES, CLIPS = torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 9, 32, 32)
+
+
+def test_each_reward_is_seen_alone_in_the_log():
+    steady, collapsed, watched = torch.tensor([[0.0, 1.0], [2.0, 5.0]]), torch.tensor([[3.0, 3.0], [1.0, 2.0]]), torch.ones(2, 2)
+    metrics = group_statistics({"steady": steady, "collapsed": collapsed, "watched": watched}, ("steady", "collapsed"))
+    assert [metrics[f"reward/steady_{key}"] for key in ("mean", "min", "max", "zero_std_frac")] == [2, 0, 5, 0]
+    assert metrics["reward/steady_std"] == pytest.approx(steady.std().item())
+    assert metrics["reward/steady_group_std"] == pytest.approx((0.5**0.5 + 4.5**0.5) / 2)
+    assert metrics["reward/collapsed_zero_std_frac"] == 0.5
+    assert metrics["held_out/watched_mean"] == 1 and metrics["held_out/watched_zero_std_frac"] == 1
+    assert metrics["reward/zero_std_frac"] == 0  # in each group one of the trained rewards tells the samples apart
+    assert group_statistics({"collapsed": collapsed, "watched": watched}, ("collapsed",))["reward/zero_std_frac"] == 0.5
+
+
+# --------------------------------------------------------------------------------------------------------------- held-out rewards
+
+
+def test_a_held_out_reward_is_logged_and_changes_nothing(train, finished_run, tmp_path):
+    train(tmp_path / "run", {"--held_out_rewards": ("shapes", "shapes_strict")})
+    rows = metrics_of(tmp_path / "run")
+    assert all(0 <= row["held_out/shapes_mean"] <= 1 and "held_out/shapes_strict_mean" in row for row in rows)
+    trained = [{key: value for key, value in row.items() if not key.startswith("held_out/")} for row in rows]
+    assert trained == metrics_of(finished_run)[:3]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"--held_out_rewards": "aesthetic"}, "--rewards: 'aesthetic' is given twice"),
+        ({"--held_out_rewards": "beauty"}, "--rewards: unknown reward 'beauty'"),
+        ({"--reward_weights": (1, 2), "--held_out_rewards": "shapes"}, "--reward_weights has 2 numbers for 1 --rewards"),
+    ],
+    ids=["twice", "unknown", "weights"],
+)
+def test_bad_flags(train, tmp_path, flags, message):
+    result = train(tmp_path / "run", flags, check=False)
+    assert result.returncode == 2
+    assert message in result.stderr
+
+
+def warnings(folder, capsys, trained, held_out) -> str:
+    """What is said over a run in which each window's mean is as given."""
+    rows = [
+        {"iteration": WINDOW * i + j + 1, "reward/a_mean": a + 0.3 * (-1) ** j, "held_out/b_mean": b - 0.1 * (-1) ** j}
+        for i, (a, b) in enumerate(zip(trained, held_out))
+        for j in range(WINDOW)
+    ]
+    for row in rows:
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        warn_of_over_optimization(folder, row["iteration"])
+    return capsys.readouterr().err
+
+
+def test_over_optimisation_is_said(tmp_path, capsys):
+    said = warnings(tmp_path, capsys, [0.1, 0.2, 0.3, 0.25, 0.4], [0.5, 0.9, 0.8, 0.7, 0.6])
+    assert said.count("warning: over-optimisation") == 1
+    assert f"since iteration {WINDOW + 1} held_out/b_mean fell from 0.9 to 0.6 while reward/a_mean rose from 0.2 to 0.4" in said
+
+
+@pytest.mark.parametrize(
+    ("trained", "held_out"),
+    [([0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.85, 0.7]), ([0.4, 0.3, 0.2, 0.1], [0.9, 0.8, 0.7, 0.6]), ([0.1, 0.2, 0.3], [0.9, 0.8, 0.7])],
+    ids=["it_rose_once", "all_fall", "too_early"],
+)
+def test_no_false_alarm(tmp_path, capsys, trained, held_out):
+    assert EVALUATIONS == 4
+    assert warnings(tmp_path, capsys, trained, held_out) == ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------- preflight
+
+
+def test_preflight_says_what_rewards_cost(capsys):
+    device = torch.device("cpu")
+    preflight(load_rewards(parse_rewards([f"clip={CLIP}@0.99", "shapes", "aesthetic"]), device), PICTURES, {"prompt": "a red circle"})
+    preflight(load_rewards(parse_rewards(["visual", "motion"]), device), CLIPS, {"prompt": "a red circle moving right"})
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["clip", "shapes", "aesthetic", "visual", "motion"]
+    assert all("s a sample" in line and "GiB" in line for line in lines)
+    assert "1 for a drawing of 'a red circle'" in lines[1]
+    assert "noise" not in lines[4]  # nothing is known of it
+
+
+def test_preflight_refuses_a_reward_without_trained_weights(tmp_path):
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizerFast
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    torch.manual_seed(0)
+    CLIPModel(CLIPConfig.from_pretrained(CLIP)).save_pretrained(tmp_path)
+    CLIPTokenizerFast.from_pretrained(CLIP).save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(ImageProcessingMixin.get_image_processor_dict(CLIP)[0]))
+    rewards = load_rewards(parse_rewards([f"clip={tmp_path}"]), torch.device("cpu"))
+    plain = rewards["clip"]
+    rewards["clip"] = lambda media, rows: plain(media, rows).round(decimals=1)  # a random network is nearly indifferent
+    with pytest.raises(UserError, match="preflight: reward 'clip' gives a drawing of 'a red circle'"):
+        preflight(rewards, PICTURES, {"prompt": "a red circle"})
+
+
+@pytest.mark.parametrize(
+    ("reward", "message"),
+    [
+        (lambda media, rows: torch.rand(len(rows)), "and then"),
+        (lambda media, rows: torch.full((len(rows),), torch.nan), "is nan"),
+        (lambda media, rows: torch.zeros(len(rows), 1), "returned shape"),
+        (lambda media, rows: media.no_such_thing, "AttributeError"),
+    ],
+    ids=["changing", "nan", "shape", "error"],
+)
+def test_preflight_refuses_a_broken_reward(reward, message):
+    with pytest.raises(UserError, match=message):
+        preflight({"mine": reward}, PICTURES, {"prompt": "a red circle"})
+
+
+def test_a_broken_reward_stops_the_run_before_iteration_1(train, tmp_path):
+    """`motion` is for clips."""
+    result = train(tmp_path / "run", {"--rewards": "motion"}, check=False)
+    assert result.returncode == 2
+    assert "reward 'motion' failed" in result.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
