@@ -30,7 +30,8 @@ FUNCTIONS = {
 SHARED_FLAGS = {
     "model", "embeddings", "output_dir", "iterations", "seed", "prompts_per_iteration", "num_generations", "updates_per_iteration",
     "sampling_steps", "noise_level", "timestep_fraction", "timestep_selection", "shared_noise", "clip_range", "advantage_clip",
-    "best_of_n", "rewards", "reward_weights", "held_out_rewards", "learning_rate", "weight_decay", "max_grad_norm", "lr_warmup_steps", "ema_decay",
+    "best_of_n", "rewards", "reward_weights", "held_out_rewards", "learning_rate",
+    "weight_decay", "max_grad_norm", "lr_warmup_steps", "ema_decay",
     "kl_weight", "lora_rank", "old_log_prob", "zero_stage", "offload", "dtype", "attention", "gradient_checkpointing", "height",
     "width", "rollout_batch_size", "micro_batch_size", "gather_for_rollout", "timeout_minutes", "resume", "checkpoint_every",
     "keep_checkpoints", "sample_every", "trackers",
