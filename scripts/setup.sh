@@ -21,7 +21,7 @@ find_python() {
     return 1
 }
 
-install_requirements() {
+install_requirements() { # FILE [OPTIONS OF PIP...]
     local requirements="$repository/$1" venv="$repository/.venv" stamp="$repository/.venv/installed-$1" python
     if [ -f "$stamp" ] && cat "$repository/requirements.txt" "$requirements" | cmp -s - "$stamp"; then
         return
@@ -34,10 +34,13 @@ install_requirements() {
         "$python" -m venv "$venv"
     fi
     echo "installing $1 into $venv (a few minutes the first time)"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}" -r "$requirements"
     cat "$repository/requirements.txt" "$requirements" >"$stamp"
 }
 
 install_requirements "$1"
+if [ "$1" = requirements-dev.txt ]; then # cannot include this one, which is installed in another way
+    install_requirements requirements-ocr.txt --no-deps
+fi
 export PATH="$repository/.venv/bin:$PATH"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
