@@ -474,7 +474,7 @@ def main() -> None:
     distributed.together(lambda: preflight(rewards, decode(vae, torch.zeros(2, *shape, device=device), args), cache.rows[0]))
 
     # Resume.
-    done = checkpoint.load(engine, ema, resume_from, ranks) if resume_from else 0
+    done = checkpoint.load(engine, ema, resume_from) if resume_from else 0
     sampling = {name: (arguments | cache.fingerprint)[name] for name in SAMPLING}
     if ranks.is_main:
         print(f"resuming from {resume_from}" if resume_from else f"a new run in {args.output_dir}")

@@ -99,7 +99,7 @@ def to_resume(output_dir: Path, resume: Literal["auto", "never"], arguments: dic
     return checkpoint
 
 
-def load(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path, ranks: Ranks) -> int:
+def load(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path) -> int:
     """Collective. Restore weights, optimizer, schedule and EMA of a fresh engine; returns the checkpoint's iteration.
 
     Raises UserError if a file is missing or damaged, or the checkpoint is of another dtype, of other parameters, or EMA is in one only.
