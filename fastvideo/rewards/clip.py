@@ -1,4 +1,4 @@
-"""CLIP score: cosine similarity of a picture and its prompt, by any CLIPModel folder in transformers' format."""
+"""CLIP score: cosine similarity of a picture and its prompt, by a CLIPModel folder in transformers' format or by open_clip's files."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -6,55 +6,83 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastvideo.distributed import UserError
+from fastvideo.distributed import UserError, compute_dtype
+
+Reward = Callable[[torch.Tensor, list[dict]], torch.Tensor]
 
 RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
 
 
-def load_clip(path: str | None, device: torch.device) -> Callable[[torch.Tensor, list[dict]], torch.Tensor]:
-    """The reward: cosine in [-1, 1], (B,). `path`: a folder with a CLIPModel, its tokenizer and its preprocessor_config.json."""
-    model, tokenizer, config = load_clip_folder(path, device)
-    length = model.config.text_config.max_position_embeddings
+def load_clip(path: str | None, device: torch.device, *, dtype: str = "auto") -> Reward:
+    """The reward: cosine in [-1, 1], (B,).
+
+    path: a folder with a CLIPModel, its tokenizer and its preprocessor_config.json; or open_clip's, with open_clip_config.json and
+        open_clip_pytorch_model.bin or open_clip_model.safetensors (read as such where both are); or one such file, beside its config.
+    dtype: what the network computes in: "auto" (bfloat16 on a GPU, else float32), "float32" or "bfloat16".
+    """
+    from fastvideo.rewards.open_clip import find_weights, load_open_clip
+
+    if path is None:
+        raise UserError("--rewards: clip needs a folder with a CLIP model, written as clip=FOLDER")
+    weights = find_weights(path)
+    parts = load_open_clip("clip", weights) if weights else load_clip_folder("clip", path)
+    return cosine_reward("clip", *parts, device, dtype)
+
+
+def cosine_reward(
+    name: str, model: torch.nn.Module, tokenize: Callable, prepare: Callable, device: torch.device, dtype: str, scale: float = 1.0
+) -> Reward:
+    """The reward by a CLIPModel: `scale` times the cosine of picture and prompt, (B,) float32. `model` is moved, cast and frozen.
+
+    tokenize: prompts -> keyword arguments of `get_text_features`. prepare: (B, 3, H, W) in [-1, 1] -> pixel values.
+    """
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise UserError(f"--rewards: {name} has dtype={dtype}; it can be auto, float32 or bfloat16")
+    model.to(device, compute_dtype(dtype, device)).eval().requires_grad_(False)
 
     @torch.no_grad()
     def reward(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
         if media.ndim != 4:
-            raise UserError(f"clip scores pictures (B, 3, H, W), not clips of shape {tuple(media.shape)}")
-        prompts = [row["prompt"] for row in rows]
-        tokens = tokenizer(prompts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").to(device)
+            raise UserError(f"{name} scores pictures (B, 3, H, W), not clips of shape {tuple(media.shape)}")
+        tokens = {key: value.to(device) for key, value in tokenize([row["prompt"] for row in rows]).items()}
         text = model.get_text_features(**tokens).pooler_output
-        image = model.get_image_features(pixel_values=preprocess(media.to(device), config)).pooler_output
-        return F.cosine_similarity(image, text)
+        image = model.get_image_features(pixel_values=prepare(media.to(device))).pooler_output
+        return scale * F.cosine_similarity(image.float(), text.float())
 
     return reward
 
 
-def load_clip_folder(path: str | None, device: torch.device) -> tuple:
-    """Model (float32, frozen, in evaluation mode), tokenizer and the preprocessing's settings of a CLIP folder."""
-    if path is None:
-        raise UserError("--rewards: clip needs a folder with a CLIP model, written as clip=FOLDER")
+def load_clip_folder(name: str, path: str, processor: str | None = None) -> tuple[torch.nn.Module, Callable, Callable]:
+    """Model (float32, on the CPU), tokenize and prepare, as `cosine_reward` takes them, of a folder in transformers' format.
+
+    processor: the folder of the tokenizer and of preprocessor_config.json, if that is another.
+    """
+    given = f"--rewards: {name}={path}"
     if not Path(path).is_dir():
-        raise UserError(f"--rewards: clip={path}: there is no such folder")
-    if not any((Path(path) / name).is_file() for name in ("tokenizer.json", "vocab.json")):  # transformers would make an empty tokenizer
-        raise UserError(f"--rewards: clip={path} has no tokenizer.json")
+        raise UserError(f"{given}: there is no such folder")
+    processor = processor or path
+    if not any((Path(processor) / file).is_file() for file in ("tokenizer.json", "vocab.json")):  # transformers would make an empty one
+        raise UserError(f"{given}: {processor} has no tokenizer.json")
     from transformers import AutoTokenizer, CLIPModel
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
-        config, _ = ImageProcessingMixin.get_image_processor_dict(path, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        config, _ = ImageProcessingMixin.get_image_processor_dict(processor, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(processor, local_files_only=True)
         model, report = CLIPModel.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     except Exception as error:  # transformers raises all sorts: OSError, KeyError, SafetensorError, ...
-        raise UserError(f"--rewards: clip={path} can't be read as a CLIP folder: {type(error).__name__}: {error}") from error
-    if report["missing_keys"]:
-        raise UserError(
-            f"--rewards: clip={path} lacks {len(report['missing_keys'])} of CLIP's weights, such as {sorted(report['missing_keys'])[0]}"
-        )
-    if len(tokenizer) > model.config.text_config.vocab_size:
-        raise UserError(
-            f"--rewards: clip={path}: its tokenizer has {len(tokenizer)} tokens, its model only {model.config.text_config.vocab_size}"
-        )
-    return model.to(device).eval().requires_grad_(False), tokenizer, config
+        raise UserError(f"{given} can't be read as a CLIP folder: {type(error).__name__}: {error}") from error
+    for kind, keys in (("lacks", report["missing_keys"]), ("has, but CLIPModel has not,", report["unexpected_keys"])):
+        if keys:
+            raise UserError(f"{given} {kind} {len(keys)} weights, such as {sorted(keys)[0]}")
+    text = model.config.text_config
+    if len(tokenizer) > text.vocab_size:
+        raise UserError(f"{given}: the tokenizer of {processor} has {len(tokenizer)} tokens, the model only {text.vocab_size}")
+
+    def tokenize(prompts: list[str]) -> dict[str, torch.Tensor]:
+        return tokenizer(prompts, padding="max_length", max_length=text.max_position_embeddings, truncation=True, return_tensors="pt")
+
+    return model, tokenize, lambda media: preprocess(media, config)
 
 
 def preprocess(images: torch.Tensor, config: dict) -> torch.Tensor:
@@ -62,34 +90,45 @@ def preprocess(images: torch.Tensor, config: dict) -> torch.Tensor:
 
     Values are rounded to 8 bits, so a picture scores the same here and once it is saved. config: what preprocessor_config.json says.
     """
-    images = _to_8_bits(images.float() * 127.5 + 127.5)
+    images = saved(images)
     if config.get("do_resize", True):
-        images = _resize(images, config)
+        images = resize(images, _target_size(images, config["size"]), RESAMPLING[config.get("resample", 3)])
     if config.get("do_center_crop", True):
         images = _center_crop(images, config["crop_size"])
     images = images / 255
     if config.get("do_normalize", True):
-        mean, std = (torch.tensor(config[key], device=images.device).view(3, 1, 1) for key in ("image_mean", "image_std"))
-        images = (images - mean) / std
+        images = normalise(images, config["image_mean"], config["image_std"])
     return images
+
+
+def saved(images: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] -> whole numbers in [0, 255], as a file has them, float32."""
+    return _to_8_bits(images.float() * 127.5 + 127.5)
 
 
 def _to_8_bits(images: torch.Tensor) -> torch.Tensor:
     return images.round().clamp(0, 255)
 
 
-def _resize(images: torch.Tensor, config: dict) -> torch.Tensor:
-    """To size["shortest_edge"] keeping the aspect ratio, or to size["height"] x size["width"]; an integer is a shortest edge."""
-    size, (height, width) = config["size"], images.shape[2:]
+def shortest_edge(images: torch.Tensor, edge: int) -> tuple[int, int]:
+    """Height and width of the pictures once their shorter side is `edge`, as CLIP's processors round them."""
+    height, width = images.shape[2:]
+    return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
+
+
+def _target_size(images: torch.Tensor, size: dict | int) -> tuple[int, int]:
+    """size["shortest_edge"] keeps the aspect ratio, size["height"] and ["width"] do not; an integer is a shortest edge."""
     if isinstance(size, int):
         size = {"shortest_edge": size}
-    if "shortest_edge" in size:
-        edge = size["shortest_edge"]
-        new_height, new_width = (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
-    else:
-        new_height, new_width = size["height"], size["width"]
-    mode = RESAMPLING[config.get("resample", 3)]
-    for target in ((height, new_width), (new_height, new_width)):  # as PIL: first the rows, then the columns, each rounded
+    return shortest_edge(images, size["shortest_edge"]) if "shortest_edge" in size else (size["height"], size["width"])
+
+
+def resize(images: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
+    """Pictures of whole numbers in [0, 255], resized as PIL does: first the rows, then the columns, each rounded.
+
+    (Pillow 13 begins with the columns of some tall pictures, which is one level off in up to a quarter of the values.)
+    """
+    for target in ((images.shape[2], size[1]), size):
         if target != images.shape[2:]:
             images = _to_8_bits(F.interpolate(images, target, mode=mode, antialias=mode != "nearest-exact"))
     return images
@@ -102,3 +141,8 @@ def _center_crop(images: torch.Tensor, size: dict | int) -> torch.Tensor:
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     # negative padding crops
     return F.pad(images, (-left, left - width + crop_width, -top, top - height + crop_height))
+
+
+def normalise(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
+    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
+    return (images - mean) / std
