@@ -21,7 +21,9 @@ import torch
 
 from fastvideo.distributed import UserError
 from fastvideo.rewards.clip import load_clip
+from fastvideo.rewards.hpsv2 import load_hpsv2
 from fastvideo.rewards.ocr import load_ocr
+from fastvideo.rewards.pickscore import load_pickscore
 from fastvideo.rewards.shapes import load_aesthetic, load_fidelity, load_motion, load_shapes, load_shapes_strict, load_visual
 from fastvideo.rewards.videoalign import load_videoalign_mq, load_videoalign_ta, load_videoalign_vq
 
@@ -35,6 +37,8 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "visual": load_visual,
     "fidelity": load_fidelity,
     "clip": load_clip,
+    "hpsv2": load_hpsv2,
+    "pickscore": load_pickscore,
     "ocr": load_ocr,
     "videoalign.vq": load_videoalign_vq,
     "videoalign.mq": load_videoalign_mq,
