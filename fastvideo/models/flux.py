@@ -10,21 +10,15 @@ from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
 from fastvideo.distributed import Ranks
-from fastvideo.models import check_heads
-from fastvideo.sequence_parallel import SequenceGroup, joint_attention, share_tokens
+from fastvideo.models import SequenceParallelProcessor, sequence_group
+from fastvideo.sequence_parallel import joint_attention, share_tokens
 
 
-class FluxSequenceParallelProcessor:
+class FluxProcessor(SequenceParallelProcessor):
     """diffusers' FluxAttnProcessor, for this process's image tokens and all text tokens; text comes first in FLUX's sequence.
 
     The rotary embedding has the rows of the whole sequence.
     """
-
-    _attention_backend = None  # set by diffusers' set_attention_backend
-    _parallel_config = None  # diffusers' own context parallelism: not used
-
-    def __init__(self, group: SequenceGroup):
-        self.group = group
 
     def __call__(
         self,
@@ -59,16 +53,12 @@ class FluxSequenceParallelProcessor:
 
 
 def parallelize(transformer: FluxTransformer2DModel, ranks: Ranks) -> None:
-    """Make the processes of `ranks.sp_group` share the image tokens inside `transformer`; its inputs and outputs stay whole.
-
-    Nothing happens if sp_size is 1. Raises UserError for fewer attention heads than sp_size.
-    """
-    if ranks.sp_size == 1:
+    """See `fastvideo.models`."""
+    group = sequence_group(transformer, ranks)
+    if group is None:
         return
-    group = SequenceGroup(ranks.sp_group)
-    check_heads(transformer, group)
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        block.attn.set_processor(FluxSequenceParallelProcessor(group))
+        block.attn.set_processor(FluxProcessor(group))
 
     def tell_processors(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return args, kwargs | {"joint_attention_kwargs": {"num_image": kwargs["hidden_states"].shape[1]}}

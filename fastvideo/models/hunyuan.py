@@ -11,22 +11,16 @@ from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
 from fastvideo.distributed import Ranks
-from fastvideo.models import check_heads
-from fastvideo.sequence_parallel import SequenceGroup, joint_attention, share_tokens
+from fastvideo.models import SequenceParallelProcessor, sequence_group
+from fastvideo.sequence_parallel import joint_attention, share_tokens
 
 
-class HunyuanSequenceParallelProcessor:
+class HunyuanProcessor(SequenceParallelProcessor):
     """diffusers' HunyuanVideoAttnProcessor2_0, for this process's image tokens and all text tokens.
 
     The text comes last in HunyuanVideo's sequence. The rotary embedding has the rows of all image tokens; the mask is that of this
     process's image tokens, which are never masked, and of the text.
     """
-
-    _attention_backend = None  # set by diffusers' set_attention_backend
-    _parallel_config = None  # diffusers' own context parallelism: not used
-
-    def __init__(self, group: SequenceGroup):
-        self.group = group
 
     def __call__(
         self,
@@ -59,14 +53,10 @@ class HunyuanSequenceParallelProcessor:
 
 
 def parallelize(transformer: HunyuanVideoTransformer3DModel, ranks: Ranks) -> None:
-    """Make the processes of `ranks.sp_group` share the image tokens inside `transformer`; its inputs and outputs stay whole.
-
-    Nothing happens if sp_size is 1. Raises UserError for fewer attention heads than sp_size.
-    """
-    if ranks.sp_size == 1:
+    """See `fastvideo.models`."""
+    group = sequence_group(transformer, ranks)
+    if group is None:
         return
-    group = SequenceGroup(ranks.sp_group)
-    check_heads(transformer, group)
 
     def own_first_frame(block: nn.Module, args: tuple) -> tuple:
         """How many of the first frame's tokens, which image-to-video blocks treat apart, are this process's."""
@@ -75,6 +65,6 @@ def parallelize(transformer: HunyuanVideoTransformer3DModel, ranks: Ranks) -> No
         return *others, image_rotary_emb, token_replace_emb, max(0, min(first_frame, own.stop) - own.start)
 
     for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-        block.attn.set_processor(HunyuanSequenceParallelProcessor(group))
+        block.attn.set_processor(HunyuanProcessor(group))
         block.register_forward_pre_hook(own_first_frame)
     share_tokens(transformer.x_embedder, transformer.proj_out, group)

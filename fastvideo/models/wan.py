@@ -8,22 +8,16 @@ from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
 
 from fastvideo.distributed import Ranks
-from fastvideo.models import check_heads
-from fastvideo.sequence_parallel import SequenceGroup, joint_attention, share_tokens
+from fastvideo.models import SequenceParallelProcessor, sequence_group
+from fastvideo.sequence_parallel import joint_attention, share_tokens
 
 
-class WanSequenceParallelProcessor:
+class WanProcessor(SequenceParallelProcessor):
     """diffusers' WanAttnProcessor for self-attention, for this process's tokens.
 
     The rotary embedding has the rows of the whole sequence. Cross-attention to the text keeps diffusers' processor: each process asks
     for its own rows, and all have the text.
     """
-
-    _attention_backend = None  # set by diffusers' set_attention_backend
-    _parallel_config = None  # diffusers' own context parallelism: not used
-
-    def __init__(self, group: SequenceGroup):
-        self.group = group
 
     def __call__(
         self,
@@ -53,16 +47,12 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def parallelize(transformer: WanTransformer3DModel, ranks: Ranks) -> None:
-    """Make the processes of `ranks.sp_group` share the image tokens inside `transformer`; its inputs and outputs stay whole.
-
-    Nothing happens if sp_size is 1. Raises UserError for fewer attention heads than sp_size.
-    """
-    if ranks.sp_size == 1:
+    """See `fastvideo.models`."""
+    group = sequence_group(transformer, ranks)
+    if group is None:
         return
-    group = SequenceGroup(ranks.sp_group)
-    check_heads(transformer, group)
     for block in transformer.blocks:
-        block.attn1.set_processor(WanSequenceParallelProcessor(group))
+        block.attn1.set_processor(WanProcessor(group))
     # The patch embedding's output is shaped like a video. The transformer would flatten it next; flat already, it stays as it is.
     transformer.patch_embedding.register_forward_hook(lambda module, args, output: output.flatten(2))
     share_tokens(transformer.patch_embedding, transformer.proj_out, group, dim=2)
