@@ -6,6 +6,7 @@
 #   paper_form         FLUX, the paper's own form on single objects: constant noise, random 60 % of the steps, 4 updates an iteration
 #   aesthetic          FLUX, a taste that ignores the prompt, with the quickstart's sampler
 #   aesthetic_binary   the same, as 0 or 1 around a threshold
+#   two_rewards        FLUX, what the prompt asks for and the taste, weighted as the paper weights two rewards; CLIP is held out
 #   long               FLUX, the quickstart's recipe for 300 iterations
 #   sd                 Stable Diffusion with guidance: the taste
 #   hunyuan            HunyuanVideo: form and motion of clips
@@ -37,6 +38,9 @@ paper_form)
     ;;
 aesthetic) flags=(--rewards aesthetic "${early_noise[@]}" --iterations 60) ;;
 aesthetic_binary) flags=(--rewards aesthetic@0.6 "${early_noise[@]}" --iterations 60) ;;
+two_rewards)
+    flags=(--rewards shapes aesthetic --reward_weights 1.4 0.7 --held_out_rewards clip=shapes/models/clip "${early_noise[@]}" --iterations 60)
+    ;;
 long) flags=(--rewards shapes shapes_strict "${early_noise[@]}" --iterations 300) ;;
 sd)
     family=sd
