@@ -299,7 +299,7 @@ def test_one_model_and_one_forward_serve_the_three_rewards(folder, monkeypatch):
     second = score(rewards, media, rows(*PROMPTS))
     assert len(calls) == 3 and (second["videoalign.vq"] - first["videoalign.vq"]).abs().max() > 0.01
     rewards["videoalign.vq"](media, rows(*PROMPTS))
-    rewards["videoalign.vq"](media, rows("another", "prompt"))
+    rewards["videoalign.ta"](media, rows("another", "prompt"))
     assert len(calls) == 5
     del rewards
     assert not videoalign._loaded
