@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil
 
 from fastvideo.distributed import UserError
@@ -104,3 +105,30 @@ def test_broken_folders_are_errors_that_name_the_folder(tmp_path, name, damage):
     with pytest.raises(UserError) as error:
         load_clip(str(folder), CPU)
     assert str(folder) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [("missing", "lacks 1 weights, such as visual_projection.weight"), ("extra", "has, but CLIPModel has not, 1 weights, such as extra")],
+)
+def test_weights_must_be_the_models(damage, message, tmp_path):
+    shutil.copytree(CLIP_FOLDER, tmp_path / "clip")
+    weights = load_file(CLIP_FOLDER / "model.safetensors")
+    if damage == "missing":
+        del weights["visual_projection.weight"]
+    else:
+        weights["extra"] = torch.zeros(3)
+    save_file(weights, tmp_path / "clip" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=rf"clip={tmp_path}/clip {message}"):
+        load_clip(str(tmp_path / "clip"), CPU)
+
+
+def test_bfloat16_is_near_and_other_dtypes_are_errors():
+    rng = np.random.default_rng(13)
+    specs = [sample_spec(rng) for _ in range(16)]
+    media, rows = torch.from_numpy(render(specs, rng)) * 2 - 1, [{"prompt": caption(spec)} for spec in specs]
+    exact, low = (load_clip(str(CLIP_FOLDER), CPU, dtype=dtype)(media, rows) for dtype in ("auto", "bfloat16"))
+    assert low.dtype == exact.dtype == torch.float32
+    assert 0 < (low - exact).abs().max() < 0.005 and (low - exact).std() < exact.std() / 10
+    with pytest.raises(UserError, match="clip has dtype=half; it can be auto, float32 or bfloat16"):
+        load_clip(str(CLIP_FOLDER), CPU, dtype="half")
