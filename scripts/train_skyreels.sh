@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # SkyReels-V1-I2V image-to-video with the paper's settings: 32 prompts of 8 samples at 640 x 400, 53 frames, on 32 GPUs (4 nodes of 8). Needs the
-# embedding cache of scripts/preprocess_skyreels.sh. Not yet run on GPUs by us: memory and batch sizes are estimates, and the paper's reward
-# (VideoAlign's motion quality) is not there yet: REWARDS names any that scores clips (docs/rewards.md has how to write one).
+# embedding cache of scripts/preprocess_skyreels.sh. Not yet run on GPUs by us: memory and batch sizes are estimates. The reward is
+# VideoAlign's motion quality (docs/rewards.md: what to download); for others add --rewards NAME... at the end.
 #
-#   MODEL=models/SkyReels-V1-I2V EMBEDDINGS=runs/embeddings/skyreels REWARDS=motion bash scripts/train_skyreels.sh --output_dir runs/skyreels
+#   MODEL=models/SkyReels-V1-I2V EMBEDDINGS=runs/embeddings/skyreels VIDEOALIGN=models/VideoReward bash scripts/train_skyreels.sh --output_dir runs/skyreels
 #
 # On each of 4 nodes also set NNODES=4, NODE_RANK and MASTER_ADDR. On one node of 8 GPUs add
 #   --prompts_per_iteration 8 --lora_rank 32 --learning_rate 1e-4
@@ -12,7 +12,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
     "$repository/train_grpo_skyreels.py" --model "${MODEL:?set MODEL to the SkyReels folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
-    --rewards "${REWARDS:?set REWARDS to the name of a reward of clips}" \
+    --rewards "videoalign.mq=${VIDEOALIGN:?set VIDEOALIGN to the VideoReward folder}" \
     --iterations 300 --prompts_per_iteration 32 --num_generations 8 --updates_per_iteration 1 \
     --height 400 --width 640 --num_frames 53 --sampling_steps 16 --shift 7 --noise_level 0.3 --timestep_fraction 0.6 \
     --guidance_scale 5 --embedded_guidance 1 --learning_rate 1e-5 --clip_range 1e-4 --ema_decay 0.995 --vae_tiling \

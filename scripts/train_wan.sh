@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Wan 2.1 text-to-video, 1.3B: 8 prompts of 12 samples at 832 x 480, 53 frames, on one node of 8 GPUs. The paper has no Wan: these are its settings
 # for video, with Wan's shift and guidance. Needs the embedding cache of scripts/preprocess_wan.sh. Not yet run on GPUs by us: memory and batch
-# sizes are estimates. REWARDS names any reward that scores clips.
+# sizes are estimates. The rewards are VideoAlign's visual and motion quality (docs/rewards.md: what to download) at Wan's 16 frames a second; for
+# others add --rewards NAME... at the end.
 #
-#   MODEL=models/Wan2.1-T2V-1.3B-Diffusers EMBEDDINGS=runs/embeddings/wan REWARDS=motion bash scripts/train_wan.sh --output_dir runs/wan
+#   MODEL=models/Wan2.1-T2V-1.3B-Diffusers EMBEDDINGS=runs/embeddings/wan VIDEOALIGN=models/VideoReward bash scripts/train_wan.sh --output_dir runs/wan
 #
 # Cheaper: --lora_rank 32 --learning_rate 1e-4, fewer frames (--num_frames 33), --guidance_scale 1. Wan 2.1's own length is --num_frames 81.
 # On each of several nodes also set NNODES, NODE_RANK and MASTER_ADDR, and raise --prompts_per_iteration.
@@ -12,7 +13,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
     "$repository/train_grpo_wan.py" --model "${MODEL:?set MODEL to the Wan2.1-T2V folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
-    --rewards "${REWARDS:?set REWARDS to the name of a reward of clips}" \
+    --rewards "videoalign.vq=${VIDEOALIGN:?set VIDEOALIGN to the VideoReward folder},clip_fps=16" "videoalign.mq=$VIDEOALIGN,clip_fps=16" \
     --iterations 300 --prompts_per_iteration 8 --num_generations 12 --updates_per_iteration 1 \
     --height 480 --width 832 --num_frames 53 --sampling_steps 16 --shift 5 --noise_level 0.3 --timestep_fraction 0.6 \
     --guidance_scale 5 --learning_rate 1e-5 --clip_range 1e-4 --ema_decay 0.995 --vae_tiling \

@@ -136,7 +136,7 @@ def launched(shell_script: Path) -> tuple[Path, list[str]]:
     command = next(line for line in text.splitlines() if line.startswith("torchrun "))
     command = command.replace('"$@"', "").replace("$repository", str(REPOSITORY))
     command = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", command)
-    command = re.sub(r"\$\{(\w+):\?[^}]*\}", lambda match: "motion" if match[1] == "REWARDS" else "x.jsonl", command)
+    command = re.sub(r"\$\{\w+:\?[^}]*\}", "x.jsonl", command)
     words = shlex.split(command)
     place = next(i for i, word in enumerate(words) if word.endswith(".py"))
     return Path(words[place]), words[place + 1 :]
