@@ -9,7 +9,8 @@ torchvision, which both need, does not import beside this project's torch, so th
     cd /tmp/hps/lib/python3.11/site-packages && cp open_clip/bpe_simple_vocab_16e6.txt.gz hpsv2/src/open_clip/; cd -   # not in its wheel
     python tests/golden/make_hps.py
 
-The checkpoints are tiny and random, in the published formats, and made again from their seed by the tests.
+The checkpoints are tiny and random, in the published formats, and made again from their seed by the tests. Where hpsv2 imports beside
+transformers (torch 2.6 with torchvision 0.21, for one), tests/test_hps_reward.py compares with it live too.
 """
 
 import json
