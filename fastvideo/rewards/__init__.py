@@ -22,6 +22,7 @@ import torch
 from fastvideo.distributed import UserError
 from fastvideo.rewards.clip import load_clip
 from fastvideo.rewards.hpsv2 import load_hpsv2
+from fastvideo.rewards.http import load_http
 from fastvideo.rewards.ocr import load_ocr
 from fastvideo.rewards.pickscore import load_pickscore
 from fastvideo.rewards.shapes import load_aesthetic, load_fidelity, load_motion, load_shapes, load_shapes_strict, load_visual
@@ -43,6 +44,7 @@ REWARDS: dict[str, Callable[..., Reward]] = {
     "videoalign.vq": load_videoalign_vq,
     "videoalign.mq": load_videoalign_mq,
     "videoalign.ta": load_videoalign_ta,
+    "http": load_http,
 }
 
 
@@ -66,7 +68,7 @@ def parse_rewards(texts: Sequence[str]) -> list[RewardSpec]:
     specs = []
     for text in texts:
         match = re.fullmatch(r"(?P<name>[^=@,]+)(=(?P<path>.+?))?(?P<options>(,\w+=[^,@]*)*)(@(?P<threshold>[^@/]+))?", text)
-        if match is None or match["name"] not in REWARDS:
+        if match is None or _loader(match["name"]) is None:
             form = "NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]"
             raise UserError(f"--rewards: unknown reward {text!r}; known names are {', '.join(REWARDS)}, written as {form}")
         try:
@@ -79,9 +81,14 @@ def parse_rewards(texts: Sequence[str]) -> list[RewardSpec]:
     return specs
 
 
+def _loader(name: str) -> Callable[..., Reward] | None:
+    """Of NAME or NAME.LABEL: with labels a reward can be given several times."""
+    return REWARDS.get(name) or REWARDS.get(name.rpartition(".")[0])
+
+
 def _options(name: str, words: str, text: str) -> dict[str, Any]:
     """`",fps=4"` -> `{"fps": 4.0}`, of the type of the default that the reward's loader has for it."""
-    parameters = inspect.signature(REWARDS[name]).parameters.values()
+    parameters = inspect.signature(_loader(name)).parameters.values()
     defaults = {parameter.name: parameter.default for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY}
     options = {}
     for option, value in (word.split("=", 1) for word in words.split(",")[1:]):
@@ -95,7 +102,7 @@ def _options(name: str, words: str, text: str) -> dict[str, Any]:
 
 
 def check_rewards(trained: tuple[str, ...], weights: tuple[float, ...], held_out: tuple[str, ...]) -> tuple[float, ...]:
-    """The weights of `trained` rewards, 1 each if none are given. Raises UserError as `parse_rewards` does, and for another number of them."""
+    """The weights of `trained` rewards, 1 each if none are given. Raises UserError as `parse_rewards` does, and for a wrong number."""
     parse_rewards(trained)
     parse_rewards(trained + held_out)
     if weights and len(weights) != len(trained):
@@ -105,7 +112,7 @@ def check_rewards(trained: tuple[str, ...], weights: tuple[float, ...], held_out
 
 def load_rewards(specs: list[RewardSpec], device: torch.device) -> dict[str, Reward]:
     """Load each reward onto `device`, with its threshold applied: 1 above it, else 0 (the paper's binary reward)."""
-    return {spec.name: _with_threshold(REWARDS[spec.name](spec.path, device, **spec.options), spec.threshold) for spec in specs}
+    return {spec.name: _with_threshold(_loader(spec.name)(spec.path, device, **spec.options), spec.threshold) for spec in specs}
 
 
 def _with_threshold(reward: Reward, threshold: float | None) -> Reward:
