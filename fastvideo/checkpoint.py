@@ -54,7 +54,8 @@ def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: 
     dist.barrier()
     if ranks.is_main:
         sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in temporary.rglob("*") if path.is_file()}
-        state = {"iteration": iteration, "updates": engine.global_steps, "dtype": str(engine.module.dtype), "ema": ema is not None}
+        dtype = str(engine.module.dtype).removeprefix("torch.")
+        state = {"iteration": iteration, "updates": engine.global_steps, "dtype": dtype, "ema": ema is not None}
         # These are for people only: none of them matters to `load`.
         state |= {"world_size": ranks.world_size, "sp_size": ranks.sp_size, "zero_stage": engine.zero_optimization_stage()}
         state |= {"files": sizes, "parameters": parameter_shapes(engine)}
@@ -136,8 +137,9 @@ def _read_state(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path) -> d
         raise UserError(f"checkpoint {checkpoint} is damaged: {error}") from error
     if "updates" not in state:
         raise UserError(f"checkpoint {checkpoint} was saved by an earlier version, in a format that this one does not read")
-    if state["dtype"] != str(engine.module.dtype):
-        raise UserError(f"checkpoint {checkpoint} was saved with --dtype {state['dtype']} and cannot be resumed with {engine.module.dtype}")
+    dtype = str(engine.module.dtype).removeprefix("torch.")
+    if state["dtype"] != dtype:
+        raise UserError(f"checkpoint {checkpoint} was saved with --dtype {state['dtype']} and cannot be resumed with {dtype}")
     if state["ema"] != (ema is not None):
         saved, now = ("with", "without") if ema is None else ("without", "with")
         raise UserError(f"checkpoint {checkpoint} was saved {saved} EMA and cannot be resumed {now} it: see --ema_decay")

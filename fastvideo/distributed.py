@@ -49,7 +49,7 @@ class Ranks:
 
     @property
     def layout(self) -> str:
-        return f"{self.world_size} processes" + (f" in groups of {self.sp_size}" if self.sp_size > 1 else "")
+        return f"{self.world_size} process{'es' * (self.world_size > 1)}" + (f" in groups of {self.sp_size}" if self.sp_size > 1 else "")
 
     @property
     def sp_rank(self) -> int:
@@ -83,11 +83,15 @@ def init(sp_size: int = 1, timeout_minutes: float = 30) -> Ranks:
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it under plain python too
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+        # torchrun keeps its store when it starts the processes again: what an earlier attempt left there is not ours
+        store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         store.set_timeout(timeout)
         if world_size > 1:
             global _watch
             _watch = Watch(store, rank, world_size, timeout)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        raise UserError("srun started several processes that do not know of each other: start torchrun in one task a node")
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")

@@ -20,7 +20,7 @@ from PIL import Image
 from fastvideo.distributed import Ranks, UserError, all_gather_object, warn
 from fastvideo.files import whole_file
 
-DECIDED_BY_CHECKPOINT = ("learning_rate", "weight_decay", "lora_rank")
+DECIDED_BY_CHECKPOINT = ("lora_rank",)
 PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "peft", "safetensors")
 
 

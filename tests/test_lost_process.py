@@ -9,11 +9,11 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, TRAIN, command, start_forked
+from conftest import ENVIRONMENT, REPOSITORY, TRAIN, command, start_forked
 
 # worker.py TIMEOUT MISHAP: two or more processes that meet every few milliseconds, until something happens to rank 1.
 WORKER = """
-import sys, time
+import os, sys, time
 import torch, torch.distributed as dist
 from fastvideo import distributed
 
@@ -30,6 +30,11 @@ def main():
                 time.sleep(1000)
             if ranks.rank == 1 and sys.argv[2] == "bug":
                 raise ValueError("a bug in rank 1")
+            if sys.argv[2] == "first_attempt":
+                if os.environ["TORCHELASTIC_RESTART_COUNT"] == "1":
+                    return
+                if ranks.rank == 1:
+                    raise ValueError("a bug in rank 1")
             if ranks.rank == 1 and sys.argv[2] == "user":
                 raise distributed.UserError("a mistake that only rank 1 sees")
             if sys.argv[2] == "end":
@@ -205,6 +210,17 @@ def test_torchrun(run_flags, tmp_path, mishap, rank, limit):
     else:
         assert f"rank      : {rank} " in said[said.index("Root Cause") :]
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
+
+
+@pytest.mark.slow
+def test_torchrun_may_start_again(worker):
+    """What an attempt that failed left in torchrun's store does not end the next one."""
+    words = command(worker, 20, "first_attempt", processes=2)
+    words[words.index("--nproc_per_node") : words.index("--nproc_per_node")] = ["--max_restarts", "1"]
+    environment = os.environ | ENVIRONMENT | {"PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert "a bug in rank 1" in result.stderr
+    assert result.returncode == 0, result.stderr
 
 
 def children(pid: int) -> list[int]:

@@ -142,7 +142,7 @@ def test_resume_never_refuses_a_folder_with_a_run(train, finished_run, tmp_path)
     ("flags", "message"),
     [
         ({"--ema_decay": 0}, "was saved with EMA and cannot be resumed without it: see --ema_decay"),
-        ({"--dtype": "bfloat16"}, "was saved with --dtype torch.float32 and cannot be resumed with torch.bfloat16"),
+        ({"--dtype": "bfloat16"}, "was saved with --dtype float32 and cannot be resumed with bfloat16"),
     ],
 )
 def test_checkpoint_of_another_kind_is_refused(train, finished_run, flags, message):
@@ -185,9 +185,10 @@ def test_going_back_while_later_checkpoints_exist(train, run_copy, finished_run)
 
 def test_changed_arguments(train, run_copy):
     """What the checkpoint decides cannot change; any other change is said."""
-    assert "--learning_rate was 0.0001 when the run in" in refusal(train, run_copy, {"--learning_rate": 1e-3})
-    result = train(run_copy, {"--iterations": 7}, {"--noise_level": 0.4})
+    assert "--lora_rank was 0 when the run in" in refusal(train, run_copy, {"--lora_rank": 4})
+    result = train(run_copy, {"--iterations": 7}, {"--noise_level": 0.4, "--learning_rate": 1e-3})
     assert "warning: --noise_level was 0.3 when the run in" in result.stderr and "and is 0.4 now" in result.stderr
+    assert metrics_of(run_copy)[-1]["policy/lr"] == 1e-3
 
 
 def test_run_without_its_manifest_is_refused(train, run_copy):

@@ -10,7 +10,7 @@ from fastvideo.distributed import UserError, launch_rank
 from fastvideo.rewards import Reward, score
 from fastvideo.tracking import peak_memory_gib
 
-# Rewards that must prefer a plain drawing to noise, and the prompt for which: who cannot has no trained weights, or the wrong preprocessing.
+# Rewards that must prefer a plain drawing to noise, and of which prompt: who cannot has no trained weights, or the wrong preprocessing.
 CIRCLE, SIGN = "a red circle", 'a sign that says "OPEN"'
 KNOWN = {
     **dict.fromkeys(("shapes", "shapes_strict", "aesthetic", "visual", "clip", "hpsv2", "pickscore"), CIRCLE),
@@ -48,7 +48,7 @@ def preflight(rewards: dict[str, Reward], media: torch.Tensor, row: dict) -> Non
 
 
 def drawing(prompt: str, like: torch.Tensor) -> torch.Tensor:
-    """A picture of CIRCLE or SIGN, or a clip that stands still, of the shape of a sample of `like`: (3, H, W) or (3, F, H, W) in [-1, 1]."""
+    """A picture of CIRCLE or SIGN, or a clip that stands still, shaped as a sample of `like`: (3, H, W) or (3, F, H, W) in [-1, 1]."""
     height, width = like.shape[-2:]
     image = Image.new("RGB", (4 * width, 4 * height), "white")  # drawn larger, for smooth edges
     if prompt == CIRCLE:

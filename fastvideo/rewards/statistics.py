@@ -2,11 +2,12 @@
 
 import json
 from collections.abc import Collection
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 
-from fastvideo.distributed import warn
+from fastvideo.distributed import launch_rank, warn
 
 WINDOW = 10  # iterations whose mean is one evaluation: enough prompts for their mix to matter little
 EVALUATIONS = 4  # in a row, in which a held-out reward must fall each time for a warning
@@ -36,7 +37,7 @@ def warn_of_over_optimization(output_dir: Path, iteration: int) -> None:
 
     Looks only at the end of a window, and only on rank 0.
     """
-    if iteration % WINDOW or iteration < WINDOW * EVALUATIONS or not (output_dir / "metrics.jsonl").exists():
+    if launch_rank() != 0 or iteration % WINDOW or iteration < WINDOW * EVALUATIONS:
         return
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()][-WINDOW * EVALUATIONS :]
     means = {
@@ -46,7 +47,7 @@ def warn_of_over_optimization(output_dir: Path, iteration: int) -> None:
     }
     trained = {name: values for name, values in means.items() if name.startswith("reward/")}
     for name, values in means.items():
-        falls = all(later < earlier for earlier, later in zip(values, values[1:]))
+        falls = all(later < earlier for earlier, later in pairwise(values))
         if name.startswith("held_out/") and falls and all(values[-1] > values[0] for values in trained.values()):
             warn(
                 f"over-optimisation: since iteration {rows[0]['iteration']} {name} fell from {values[0]:.4g} to {values[-1]:.4g} while "
