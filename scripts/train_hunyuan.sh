@@ -8,7 +8,7 @@
 #
 # On each of 8 nodes also set NNODES=8, NODE_RANK and MASTER_ADDR. On one node of 8 GPUs add
 #   --prompts_per_iteration 8 --num_generations 12 --best_of_n 0 --lora_rank 32 --learning_rate 1e-4
-# Text-to-image, with rewards for pictures: --num_frames 1 --height 720 --width 720 --rewards clip=FOLDER
+# Text-to-image, with rewards for pictures: --num_frames 1 --height 720 --width 720 --rewards hpsv2=FILE clip=FOLDER --reward_weights 0.7 1.4
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
 torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \

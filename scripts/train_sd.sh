@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Stable Diffusion v1.4 with the paper's settings: 32 prompts of 12 samples at 512 px on 8 GPUs (one node). Needs the embedding cache of
 # scripts/preprocess_sd.sh. Not yet run on GPUs by us: memory and batch sizes are estimates.
+# Rewards: HPS-v2.1 and CLIP, weighted as released (docs/rewards.md: what to download); for others add --rewards NAME... --reward_weights X... at the end.
 #
-#   MODEL=models/stable-diffusion-v1-4 EMBEDDINGS=runs/embeddings/sd CLIP=models/clip bash scripts/train_sd.sh --output_dir runs/sd
+#   MODEL=models/stable-diffusion-v1-4 EMBEDDINGS=runs/embeddings/sd HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip bash scripts/train_sd.sh --output_dir runs/sd
 #
 # On fewer or smaller GPUs set GPUS, and add --lora_rank 32 --learning_rate 1e-4.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
@@ -10,7 +11,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
     --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
     "$repository/train_grpo_sd.py" --model "${MODEL:?set MODEL to the Stable Diffusion folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
-    --rewards "clip=${CLIP:?set CLIP to a CLIP folder}" \
+    --rewards "hpsv2=${HPS:?set HPS to HPS_v2.1_compressed.pt}" "clip=${CLIP:?set CLIP to a CLIP folder}" --reward_weights 0.7 1.4 \
     --iterations 300 --prompts_per_iteration 32 --num_generations 12 --updates_per_iteration 1 \
     --height 512 --width 512 --sampling_steps 50 --noise_level 1.0 --guidance_scale 5 --timestep_fraction 0.6 \
     --learning_rate 1e-5 --clip_range 1e-4 --ema_decay 0.995 \
