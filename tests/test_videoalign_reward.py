@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from conftest import REPOSITORY, SMALL_RUN, metrics_of, run_script
 
 from fastvideo.distributed import UserError
+from fastvideo.media import read_video
 from fastvideo.rewards import load_rewards, parse_rewards, score, videoalign
 from fastvideo.rewards.videoalign import (
     REQUEST,
@@ -260,6 +261,22 @@ def test_normalised_by_default(folder):
     text = f"videoalign.ta={folder},min_frame_pixels=3136,dtype=float32"
     scores = score(load_rewards(parse_rewards([text]), CPU), clips(), rows(*PROMPTS))
     assert torch.allclose(scores["videoalign.ta"], ((RELEASED - mean) / std)[:, 2], atol=2e-5)
+
+
+def test_scored_clips_are_kept_if_asked(folder, tmp_path):
+    """A call for each head, twice: the second call's clips come after the first's, not in their place."""
+    media = clips(height=60, width=90)
+    reward = load_videoalign_vq(str(folder), CPU, **OPTIONS, norm=0, save_videos=str(tmp_path / "kept"))
+    for _ in range(2):
+        reward(media, rows(*PROMPTS))
+    lines = [json.loads(line) for line in (tmp_path / "kept" / "videoalign.vq_00000.jsonl").read_text().splitlines()]
+    assert [line["file"] for line in lines] == [f"videoalign.vq_00000_{i:07d}.mp4" for i in range(4)]
+    assert [line["prompt"] for line in lines] == [*PROMPTS, *PROMPTS]
+    assert torch.allclose(torch.tensor([line["rating"] for line in lines]), RELEASED[:, 0].repeat(2), atol=2e-5)
+    kept = read_video(tmp_path / "kept" / lines[1]["file"]).float()
+    assert kept.shape == media[1].shape
+    grey, own, other = kept.mean(0), media[1].mean(0), media[0].mean(0)  # an mp4 stores colours coarsely
+    assert (grey - own).abs().mean() < 0.03 < (grey - other).abs().mean()
 
 
 def test_batches_and_the_padding_of_prompts_change_nothing(folder):

@@ -4,6 +4,7 @@ Qwen2-VL-2B reads frames of the clip and a request for three ratings; a linear h
 own. One loaded model and one forward pass a batch serve all three rewards.
 """
 
+import json
 import math
 import weakref
 from collections.abc import Callable
@@ -12,7 +13,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastvideo.distributed import UserError, compute_dtype
+from fastvideo.distributed import UserError, compute_dtype, launch_rank
+from fastvideo.media import save_video
 from fastvideo.rewards.videoalign_checkpoint import HEADS, REWARD_TOKENS, load_checkpoint
 
 # The words of training, from VideoAlign's prompt_template.py (MIT license, Copyright (c) 2025 Kling Team, Kuaishou Technology):
@@ -42,6 +44,7 @@ def _loader(head: str) -> Callable:
         min_frame_pixels: int = 128 * 28 * 28,
         norm: int = 1,
         dtype: str = "auto",
+        save_videos: str = "",
     ) -> Callable[[torch.Tensor, list[dict]], torch.Tensor]:
         """The reward: one of VideoAlign's ratings, (B,).
 
@@ -52,6 +55,7 @@ def _loader(head: str) -> Callable:
         max_frame_pixels, min_frame_pixels: a frame is enlarged or reduced to lie between; 0 for model_config.json's maximum.
         norm: 1 for (rating - mean) / std with model_config.json's mean and std, as the released inference does, 0 for the rating itself.
         dtype: "auto", "float32" or "bfloat16".
+        save_videos: folder in which every scored clip is kept as an mp4, with its rating and prompt in a jsonl file beside.
         """
         name = f"videoalign.{head.lower()}"
         if path is None or not Path(path).is_dir():
@@ -69,7 +73,10 @@ def _loader(head: str) -> Callable:
 
         @torch.no_grad()
         def reward(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
-            return (model.rating(head, media, [row["prompt"] for row in rows]) - mean) / std
+            ratings = (model.rating(head, media, [row["prompt"] for row in rows]) - mean) / std
+            if save_videos:
+                keep_clips(Path(save_videos), name, media, rows, ratings, clip_fps)
+            return ratings
 
         return reward
 
@@ -77,6 +84,17 @@ def _loader(head: str) -> Callable:
 
 
 load_videoalign_vq, load_videoalign_mq, load_videoalign_ta = (_loader(head) for head in HEADS)
+
+
+def keep_clips(folder: Path, name: str, clips: torch.Tensor, rows: list[dict], ratings: torch.Tensor, fps: float) -> None:
+    """Write clips (B, 3, frames, H, W) to `folder`, and a line for each to its NAME_RANK.jsonl. Later ones never replace earlier ones."""
+    log = folder / f"{name}_{launch_rank():05d}.jsonl"
+    number = len(log.read_text().splitlines()) if log.exists() else 0
+    for i, (clip, row, rating) in enumerate(zip(clips, rows, ratings.tolist())):
+        path = folder / f"{log.stem}_{number + i:07d}.mp4"
+        save_video(path, clip, fps)
+        with log.open("a") as file:
+            file.write(json.dumps({"file": path.name, "rating": rating, "prompt": row["prompt"]}) + "\n")
 
 
 class VideoAlign:
