@@ -241,7 +241,7 @@ def test_torchrun_says_it_once(run_flags, tmp_path):
 
 # ---------------------------------------------------------------------------------------------- rewards that fail on the way
 
-# Registers the reward "sick=MODE", which misbehaves at one call of one process. There are two calls an iteration below.
+# Registers the reward "sick=MODE", which misbehaves at one call of one process. Two are the preflight's, then there are two an iteration.
 SICK_REWARD = """
 import train_grpo_flux
 from fastvideo import distributed
@@ -303,7 +303,7 @@ def healthy_runs(train, tmp_path_factory) -> dict[int, Path]:
 )
 def test_failing_reward(train, healthy_runs, tmp_path, mode, processes, iteration, message):
     """The last process's reward fails: all stop in that iteration, and with a mended reward go on as if nothing had happened."""
-    script, run = sick_script(tmp_path, 2 * iteration - 1, processes - 1), tmp_path / "run"
+    script, run = sick_script(tmp_path, 2 + 2 * iteration - 1, processes - 1), tmp_path / "run"
     result = train(run, sick_flags(processes, mode), script=script, processes=processes, check=False)
     assert result.returncode == 2
     assert "Traceback" not in result.stderr

@@ -21,7 +21,7 @@ from PIL import Image
 from fastvideo.distributed import UserError
 from fastvideo.media import save_video, to_pil
 from fastvideo.rewards import load_rewards, parse_rewards, score
-from fastvideo.rewards.wire import pack, unpack
+from fastvideo.rewards.wire import confine_images, pack, unpack
 
 requests = pytest.importorskip("requests")
 WORKER = REPOSITORY / "tests" / "reward_server_worker.py"
@@ -161,8 +161,11 @@ def test_a_reward_that_fails_is_the_clients_error(server, tmp_path):
             wait_for(lambda: queue(server) == before + len(answers))
         gate.touch()
         assert [answer.result().status_code for answer in answers] == [200, 422, 200]
-    # A failure is not remembered: the call is made again.
+    # A failure is not remembered: asked again, the call is made again.
+    before = post(server.url, pack(*batch(100), "float32"), reward="gated").json()["scores"]
     assert post(server.url, pack(media, bad, "float32"), reward="gated").status_code == 422
+    after = post(server.url, pack(*batch(101), "float32"), reward="gated").json()["scores"]
+    assert after == pytest.approx([value + 0.02 for value in before])
 
 
 # -------------------------------------------------------------------------------------------------------------------- queue
@@ -175,23 +178,21 @@ def queue(server) -> int:
 def test_what_waits_together_is_scored_together(serve, tmp_path):
     """Up to --max_batch samples, of one shape; each request gets its own scores."""
     server, gate = serve("gated", flags={"--max_batch": 5}), tmp_path / "gate"
-    sizes = [1, 2, 2, 2, 1]  # the first is being scored while the others arrive; then 2 + 2 + 1, and 2 at last
+    # The first is being scored while the others arrive; then the two narrow pairs and the next single, the wide one, and the last pair.
+    sizes, widths, together = [1, 2, 1, 2, 2, 1], [32, 32, 64, 32, 32, 32], [1, 5, 1, 5, 2, 5]
     with ThreadPoolExecutor(8) as threads:
         answers = []
-        for seed, size in enumerate(sizes):
+        for seed, (size, width) in enumerate(zip(sizes, widths)):
             media, rows = batch(seed, size)
-            body = pack(media, [row | {"gate": str(gate)} for row in rows], "float32")
+            body = pack(media[..., :1].expand(-1, -1, -1, width), [row | {"gate": str(gate)} for row in rows], "float32")
             answers.append(threads.submit(post, server.url, body))
             wait_for(lambda: queue(server) == len(answers))
             if seed == 0:
                 time.sleep(0.3)  # until it is being scored
-        wide = torch.zeros(1, 3, 32, 64), [{"prompt": "", "gate": str(gate)}]
-        answers.append(threads.submit(post, server.url, pack(*wide, "float32")))
-        wait_for(lambda: queue(server) == 6)
         gate.touch()
         scores = [answer.result().json()["scores"] for answer in answers]
-    assert [len(values) for values in scores] == [*sizes, 1]
-    assert [int(values[0]) for values in scores] == [1, 5, 5, 2, 5, 1]
+    assert [len(values) for values in scores] == sizes
+    assert [int(values[0]) for values in scores] == together
     answer = post(server.url, pack(*batch(0, 6), "float32"))
     assert answer.status_code == 422 and "6 samples, but the server's --max_batch is 5" in answer.json()["detail"]
 
@@ -484,8 +485,22 @@ def test_the_server_outlives_malformed_requests(serve, tmp_path):
     Image.new("RGB", (32, 32), "red").save(image)
     media, rows = batch(0, 2, frames=5)
     rows = [row | {"image": str(image)} for row in rows]
+    outside = pack(media, [row | {"image": str(tmp_path / "secret.png")} for row in rows], "float32")
+    assert "is not in the folder --images" in post(server.url, outside, token="secret").json()["detail"]
     answer = post(server.url, pack(media, rows, "float32"), token="secret")
     assert answer.json()["scores"] == score(rewards("fidelity"), media, rows)["fidelity"].tolist()
+
+
+def test_bodies_that_are_too_large(serve):
+    """A declared length is refused before there is a body, a body without a length once it is too long; the client says what to do."""
+    server = serve("aesthetic", flags={"--max_megabytes": 0.1})
+    request = ("POST", "/score", {"Content-Length": str(10**12)}, b"")
+    assert send(server.port, request)[0] == 413
+    assert send(server.port, ("POST", "/score", {}, iter([b"x" * 60_000] * 2)))[0] == 413
+    assert send(server.port, ("POST", "/score", {}, iter([b"x" * 60_000])))[0] == 422
+    with pytest.raises(UserError, match=r"larger than the server's --max_megabytes 0.1: send fewer samples at once, or uint8"):
+        score(rewards(f"http={server.url}"), *batch(0, 10))
+    assert score(rewards(f"http={server.url},send=uint8"), *batch(0, 10))["http"].shape == (10,)
 
 
 def test_the_token_comes_from_the_environment(serve, monkeypatch):
@@ -497,10 +512,17 @@ def test_the_token_comes_from_the_environment(serve, monkeypatch):
     assert score(rewards(f"http={server.url}"), *batch(0))["http"].shape == (2,)
 
 
-def test_rows_lose_their_images_where_no_folder_is_named(server):
-    """A row's path means nothing to a server elsewhere, and none may make it open files."""
-    from fastvideo.rewards.wire import confine_images
-
-    rows = [{"prompt": "a", "image": "/etc/passwd", "tag": 1}]
+def test_a_rows_image_must_be_in_the_folder(tmp_path):
+    """Whatever its path looks like; without a folder rows lose it, since a path means nothing to a server elsewhere."""
+    images = tmp_path / "images"
+    images.mkdir()
+    (tmp_path / "secret.png").touch()
+    (images / "link").symlink_to(tmp_path / "secret.png")
+    rows = [{"prompt": "a"}, {"prompt": "b", "image": f"{images}/../images/1.png"}]
+    confine_images(rows, images)
+    assert "image" in rows[1]
+    for path in ("/etc/passwd", "../secret.png", f"{images}/../secret.png", f"{images}/link", f"{images}x/1.png", "a\0b", 5, None, ["a"]):
+        with pytest.raises(ValueError, match="is not in the folder --images"):
+            confine_images([{"prompt": "a", "image": path}], images)
     confine_images(rows, None)
-    assert rows == [{"prompt": "a", "tag": 1}]
+    assert rows == [{"prompt": "a"}, {"prompt": "b"}]
