@@ -39,7 +39,7 @@ paper_form)
 aesthetic) flags=(--rewards aesthetic "${early_noise[@]}" --iterations 60) ;;
 aesthetic_binary) flags=(--rewards aesthetic@0.6 "${early_noise[@]}" --iterations 60) ;;
 two_rewards)
-    flags=(--rewards shapes aesthetic --reward_weights 1.4 0.7 --held_out_rewards clip=shapes/models/clip "${early_noise[@]}" --iterations 60)
+    flags=(--rewards shapes aesthetic --reward_weights 1.4 0.7 --held_out_rewards clip=shapes/models/clip "${early_noise[@]}" --iterations 160)
     ;;
 long) flags=(--rewards shapes shapes_strict "${early_noise[@]}" --iterations 300) ;;
 sd)

@@ -44,8 +44,10 @@ def test_a_held_out_reward_is_logged_and_changes_nothing(train, finished_run, tm
         ({"--held_out_rewards": "aesthetic"}, "--rewards: 'aesthetic' is given twice"),
         ({"--held_out_rewards": "beauty"}, "--rewards: unknown reward 'beauty'"),
         ({"--reward_weights": (1, 2), "--held_out_rewards": "shapes"}, "--reward_weights has 2 numbers for 1 --rewards"),
+        ({"--reward_weights": "nan"}, "--reward_weights are nan, but must be finite"),
+        ({"--rewards": "aesthetic@nan"}, "the threshold 'nan' in 'aesthetic@nan' is not a number"),
     ],
-    ids=["twice", "unknown", "weights"],
+    ids=["twice", "unknown", "weights", "weight_nan", "threshold_nan"],
 )
 def test_bad_flags(train, tmp_path, flags, message):
     result = train(tmp_path / "run", flags, check=False)
@@ -88,10 +90,11 @@ def test_no_false_alarm(tmp_path, capsys, trained, held_out):
 
 def test_preflight_says_what_rewards_cost(capsys):
     device = torch.device("cpu")
-    preflight(load_rewards(parse_rewards([f"clip={CLIP}@0.99", "shapes", "aesthetic"]), device), PICTURES, {"prompt": "a red circle"})
+    rewards = load_rewards(parse_rewards([f"clip={CLIP}@0.99", "shapes.labelled", "aesthetic"]), device)
+    preflight(rewards, PICTURES, {"prompt": "a red circle"})
     preflight(load_rewards(parse_rewards(["visual", "motion"]), device), CLIPS, {"prompt": "a red circle moving right"})
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(": ")[1] for line in lines] == ["clip", "shapes", "aesthetic", "visual", "motion"]
+    assert [line.split(": ")[1] for line in lines] == ["clip", "shapes.labelled", "aesthetic", "visual", "motion"]
     assert all("s a sample" in line and "GiB" in line for line in lines)
     assert "1 for a drawing of 'a red circle'" in lines[1]
     assert "noise" not in lines[4]  # nothing is known of it
@@ -119,8 +122,9 @@ def test_preflight_refuses_a_reward_without_trained_weights(tmp_path):
         (lambda media, rows: torch.full((len(rows),), torch.nan), "is nan"),
         (lambda media, rows: torch.zeros(len(rows), 1), "returned shape"),
         (lambda media, rows: media.no_such_thing, "AttributeError"),
+        (lambda media, rows: [0.5] * len(rows), "returned a list; it must be a tensor"),
     ],
-    ids=["changing", "nan", "shape", "error"],
+    ids=["changing", "nan", "shape", "error", "list"],
 )
 def test_preflight_refuses_a_broken_reward(reward, message):
     with pytest.raises(UserError, match=message):

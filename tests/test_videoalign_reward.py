@@ -512,7 +512,7 @@ def test_damaged_weights_are_refused(copy, changes, words):
         ("model_config.json", b'{"model_config": {}}', "has no model_config.model_name_or_path"),
         ("checkpoint-11352/model.pth", 5000, "model.pth can't be read as weights"),
         ("checkpoint-11352/model.pth", b"not a zip file", "model.pth can't be read as weights"),
-        ("checkpoint-11352/model.pth", None, "can't be read as weights|must have embeddings"),
+        ("checkpoint-11352/model.pth", None, "has neither model.pth nor adapter_model.safetensors: download it again"),
         ("Qwen2-VL-2B-Instruct/config.json", None, "say base=FOLDER"),
         ("Qwen2-VL-2B-Instruct/tokenizer.json", None, "say base=FOLDER"),
         ("Qwen2-VL-2B-Instruct/config.json", b"{", "can't be read as a Qwen2-VL folder"),

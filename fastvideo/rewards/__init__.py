@@ -11,6 +11,7 @@ give: `def load(path, device, *, fps: float = 2.0)` takes `NAME=PATH,fps=4`.
 
 import functools
 import inspect
+import math
 import re
 import traceback
 from collections.abc import Callable, Sequence
@@ -72,7 +73,7 @@ def parse_rewards(texts: Sequence[str]) -> list[RewardSpec]:
             form = "NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]"
             raise UserError(f"--rewards: unknown reward {text!r}; known names are {', '.join(REWARDS)}, written as {form}")
         try:
-            threshold = None if match["threshold"] is None else float(match["threshold"])
+            threshold = None if match["threshold"] is None else _finite(float(match["threshold"]))
         except ValueError:
             raise UserError(f"--rewards: the threshold {match['threshold']!r} in {text!r} is not a number") from None
         if match["name"] in [spec.name for spec in specs]:
@@ -95,10 +96,16 @@ def _options(name: str, words: str, text: str) -> dict[str, Any]:
         if option not in defaults:
             raise UserError(f"--rewards: {text!r} has an unknown option {option!r}; {name} knows {', '.join(defaults) or 'none'}")
         try:
-            options[option] = type(defaults[option])(value)
+            options[option] = _finite(type(defaults[option])(value))
         except ValueError:
             raise UserError(f"--rewards: the option {option!r} in {text!r} is not a number") from None
     return options
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError
+    return value
 
 
 def check_rewards(trained: tuple[str, ...], weights: tuple[float, ...], held_out: tuple[str, ...]) -> tuple[float, ...]:
@@ -107,6 +114,8 @@ def check_rewards(trained: tuple[str, ...], weights: tuple[float, ...], held_out
     parse_rewards(trained + held_out)
     if weights and len(weights) != len(trained):
         raise UserError(f"--reward_weights has {len(weights)} numbers for {len(trained)} --rewards")
+    if not all(map(math.isfinite, weights)):
+        raise UserError(f"--reward_weights are {', '.join(map(str, weights))}, but must be finite")
     return weights or (1.0,) * len(trained)
 
 
@@ -137,12 +146,17 @@ def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> 
     for name, reward in rewards.items():
         try:
             with torch.no_grad():
-                values = reward(media, rows).float().cpu()
+                values = reward(media, rows)
+        except UserError as error:
+            raise UserError(f"reward {name!r} failed: {error}") from error
         except Exception as error:
             frame = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{frame.filename}, line {frame.lineno}"
             batch = f"a batch of {len(rows)} that begins with the prompt {rows[0]['prompt']!r}"
             raise UserError(f"reward {name!r} failed on {batch}: {type(error).__name__}: {error} ({where})") from error
+        if not isinstance(values, torch.Tensor):
+            raise UserError(f"reward {name!r} returned a {type(values).__name__}; it must be a tensor of shape ({len(rows)},)")
+        values = values.float().cpu()
         if values.shape != (len(rows),):
             raise UserError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(rows)} samples; it must be ({len(rows)},)")
         for value, row in zip(values.tolist(), rows):

@@ -52,6 +52,8 @@ def _network(path: str, weights: dict[str, torch.Tensor]) -> dict:
         embed_dim, text_width = weights["visual.proj"].shape[1], weights["text_projection"].shape[0]
     except KeyError as error:
         raise UserError(f"--rewards: hpsv2={path} is no HPS-v2 checkpoint: it lacks {error}") from error
+    except (ValueError, AttributeError, IndexError) as error:  # no tensor, or one of other dimensions
+        raise UserError(f"--rewards: hpsv2={path} is no HPS-v2 checkpoint: {error}") from error
     if patch_size != 14 or vision_width % 80 or text_width % 64:
         raise UserError(
             f"--rewards: hpsv2={path} is no HPS-v2 checkpoint, which is a ViT-H-14 with heads of 80 (text: 64) and patches of 14: "

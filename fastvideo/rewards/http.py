@@ -14,17 +14,19 @@ import torch
 from fastvideo.distributed import UserError, launch_rank, warn
 from fastvideo.rewards.wire import pack
 
+MOST_BYTES = 128 * 2**20  # of media in one request of several samples
 BUSY = (408, 429, 502, 503, 504)  # statuses after which to ask again, or another server; any other refusal is final
 
 
 def load_http(
-    path: str | None, device: torch.device, *, reward: str = "", send: str = "float32", patience: float = 600.0
+    path: str | None, device: torch.device, *, reward: str = "", send: str = "float32", batch: int = 32, patience: float = 600.0
 ) -> Callable[[torch.Tensor, list[dict]], torch.Tensor]:
     """The reward: what a server of `path`, written URL[+URL...], scores a batch, (B,).
 
     reward: which of the server's rewards; may be left out if it has one. send: "float32", so that scores are what they would be in this
-    process, or "uint8", a quarter of the bytes. patience: seconds; each server is tried again and again for so long, and a request may
-    take a quarter of it, before UserError. REWARD_TOKEN of the environment is sent as a bearer token.
+    process, or "uint8", a quarter of the bytes. batch: samples in one request, fewer if they would be over 128 MiB. patience: seconds;
+    each server is tried again and again for so long, and a request may take a quarter of it, before UserError. REWARD_TOKEN of the
+    environment is sent as a bearer token.
     """
     urls = [url.rstrip("/") for url in (path or "").split("+")]
     for url in urls:
@@ -32,13 +34,13 @@ def load_http(
             raise UserError(f"--rewards: http needs addresses, written as http=http://HOST:PORT[+http://HOST:PORT...], not {url!r}")
     if send not in ("float32", "uint8"):
         raise UserError(f"--rewards: http sends float32 or uint8, not send={send}")
-    if not patience > 0:
-        raise UserError(f"--rewards: the patience of http must be above 0 s, not {patience}")
+    if not patience > 0 or batch < 1:
+        raise UserError(f"--rewards: the patience of http must be above 0 s and its batch 1 or more, not {patience} and {batch}")
     import requests
 
     session = requests.Session()
     session.trust_env = False  # no proxy between trainer and servers, and no password from ~/.netrc in place of the token
-    if token := os.environ.get("REWARD_TOKEN"):
+    if token := os.environ.get("REWARD_TOKEN", "").strip():
         session.headers["Authorization"] = f"Bearer {token}".encode()
     first = launch_rank() % len(urls)
     urls = urls[first:] + urls[:first]  # each process has its own favourite
@@ -65,7 +67,8 @@ def load_http(
                     if answer.status_code not in BUSY:
                         return url, answer
                     problem = f"{url}: {_detail(answer)}"
-                    pause = max(pause, int(answer.headers["Retry-After"]) if answer.headers.get("Retry-After", "").isdigit() else 0)
+                    wish = answer.headers.get("Retry-After", "")
+                    pause = max(pause, min(int(wish), 30) if wish.isdigit() else 0)
                 failures[url] = time.monotonic()
             if time.monotonic() + pause > start + patience:
                 raise UserError(
@@ -78,6 +81,12 @@ def load_http(
             pause = min(2 * pause, 5)
 
     def remote(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
+        sample_bytes = media[0].numel() * (1 if send == "uint8" else 4)
+        count = max(1, min(batch, MOST_BYTES // sample_bytes))
+        starts = range(0, len(rows), count)
+        return torch.cat([ask(media[start : start + count], rows[start : start + count]) for start in starts])
+
+    def ask(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
         url, answer = post(pack(media, rows, send))
         if answer.status_code != 200:
             raise UserError(f"{url}: {_detail(answer)}")

@@ -3,7 +3,6 @@
 import gzip
 import html
 import json
-import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -78,13 +77,13 @@ def load_open_clip(name: str, file: Path) -> tuple[torch.nn.Module, Callable, Ca
 
 def read_checkpoint(name: str, file: Path) -> dict[str, Any]:
     """What a .safetensors or PyTorch file holds. Nothing but tensors and plain numbers is unpickled."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
         checkpoint = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, ValueError, pickle.UnpicklingError, SafetensorError) as error:
-        raise UserError(f"--rewards: {name}={file} can't be read as a file of weights: {type(error).__name__}: {error}") from error
+    except Exception as error:  # of damaged files they raise all sorts; what PyTorch says further on is no advice for strangers' files
+        reason = re.split(r"\.\s|\n", str(error))[0]
+        raise UserError(f"--rewards: {name}={file} can't be read as a file of weights, download it again: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"--rewards: {name}={file} holds a {type(checkpoint).__name__}, not a dict of weights")
     return checkpoint
@@ -94,9 +93,12 @@ def build_clip(name: str, file: Path, weights: dict[str, torch.Tensor], network:
     """CLIPModel (float32, on the CPU) of open_clip's weights. network: "model_cfg" of an open_clip_config.json."""
     from transformers import CLIPModel
 
-    config = clip_config(network)
-    with torch.device("meta"):
-        expected = CLIPModel(config).state_dict()
+    try:
+        config = clip_config(network)
+        with torch.device("meta"):
+            expected = CLIPModel(config).state_dict()
+    except Exception as error:  # KeyError, TypeError, those of transformers' own checks
+        raise UserError(f"--rewards: {name}={file}: its settings are of no vision transformer: {type(error).__name__}: {error}") from error
     try:
         converted = convert(weights, expected)
     except ValueError as error:

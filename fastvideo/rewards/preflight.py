@@ -33,16 +33,17 @@ def preflight(rewards: dict[str, Reward], media: torch.Tensor, row: dict) -> Non
         if not torch.allclose(first, again, rtol=1e-3, atol=1e-4):
             raise UserError(f"preflight: reward {name!r} gave {first.tolist()} and then {again.tolist()} for the same samples")
         told = ""
-        if name in KNOWN:
+        kind = name if name in KNOWN else name.rpartition(".")[0]  # it may have a label
+        if kind in KNOWN:
             plain = inspect.unwrap(reward)  # without a threshold, below which all are equal
-            pair = torch.stack([drawing(KNOWN[name], media), noise(media)])
-            drawn, random = score({name: plain}, pair, [{"prompt": KNOWN[name]}] * 2)[name].tolist()
+            pair = torch.stack([drawing(KNOWN[kind], media), noise(media)])
+            drawn, random = score({name: plain}, pair, [{"prompt": KNOWN[kind]}] * 2)[name].tolist()
             if not drawn > random:
                 raise UserError(
-                    f"preflight: reward {name!r} gives a drawing of {KNOWN[name]!r} {drawn:.4g} and noise {random:.4g}: its weights, "
+                    f"preflight: reward {name!r} gives a drawing of {KNOWN[kind]!r} {drawn:.4g} and noise {random:.4g}: its weights, "
                     "or what is done to pictures before, are wrong"
                 )
-            told = f"; {drawn:.4g} for a drawing of {KNOWN[name]!r}, {random:.4g} for noise"
+            told = f"; {drawn:.4g} for a drawing of {KNOWN[kind]!r}, {random:.4g} for noise"
         if launch_rank() == 0:
             print(f"preflight: {name}: {seconds:.3f} s a sample, {peak_memory_gib() - memory:+.1f} GiB{told}")
 

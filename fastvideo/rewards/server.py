@@ -35,8 +35,6 @@ from fastvideo.rewards.wire import confine_images, unpack
 UPLOAD_SECONDS = 120  # for one body; it holds a place in the queue
 KEPT_ANSWERS = 4096  # for clients that lost theirs and ask again
 
-# 1. Arguments =========================================================================================================
-
 
 @dataclass
 class Args:
@@ -51,16 +49,13 @@ class Args:
     max_queue: int = 64
     """Requests uploading, waiting and being scored; more get status 503."""
     max_megabytes: float = 256
-    """Largest body of a request, and largest picture or clip unpacked to 8 bits. Memory for max_queue of them may be needed."""
+    """Largest body of a request, and largest picture or clip unpacked to 8 bits. Requests wait as float32, four times as large."""
     images: Path | None = None
     """Folder, shared with the trainers, within which an "image" of a prompt's row may be opened; without it rows lose theirs."""
 
     def __post_init__(self) -> None:
         parse_rewards(self.rewards)
         check_numbers(vars(self), {"above 0": "max_batch max_queue max_megabytes", "0 or more": "port"})
-
-
-# 2. Scoring ===========================================================================================================
 
 
 @dataclass(eq=False)
@@ -128,9 +123,6 @@ class Scorer:
         return [part.tolist() for part in values.split([len(job.rows) for job in jobs])]
 
 
-# 3. Requests ==========================================================================================================
-
-
 def make_app(scorer: Scorer, args: Args, token: str) -> FastAPI:
     """The web application. Refusals are {"detail": SENTENCE} with a status of 400 or more."""
 
@@ -165,7 +157,8 @@ def make_app(scorer: Scorer, args: Args, token: str) -> FastAPI:
         try:
             body, kind = await read_body(request, args.max_megabytes), request.headers.get("content-type", "")
             key, media, rows = await asyncio.to_thread(prepare, body, kind, reward, prompt)
-            return {"scores": await scorer.submit(key, reward, media, rows)}
+            del body  # the scores may take long; others may wait for the same ones, hence the shield
+            return {"scores": await asyncio.shield(scorer.submit(key, reward, media, rows))}
         except (ValueError, UserError) as error:
             raise HTTPException(422, str(error)) from error
         finally:
@@ -177,7 +170,9 @@ def make_app(scorer: Scorer, args: Args, token: str) -> FastAPI:
             raise ValueError(f"the batch has {len(rows)} samples, but the server's --max_batch is {args.max_batch}")
         confine_images(rows, args.images)
         head = json.dumps([reward, kind, prompt]).encode()
-        return hashlib.blake2b(len(head).to_bytes(8, "little") + head + body).digest(), media, rows
+        key = hashlib.blake2b(head)  # JSON says itself where it ends
+        key.update(body)
+        return key.digest(), media, rows
 
     return app
 
@@ -201,9 +196,6 @@ async def read_body(request: Request, max_megabytes: float) -> bytes:
     return bytes(body)
 
 
-# 4. Main ==============================================================================================================
-
-
 class Server(uvicorn.Server):
     """Told to stop, it goes on until what was accepted is answered; uvicorn's own would close its port at once and exit by the signal."""
 
@@ -212,6 +204,8 @@ class Server(uvicorn.Server):
         self.scorer = scorer
 
     def handle_exit(self, sig, frame) -> None:
+        if self.scorer.draining:
+            os._exit(130)  # told twice: a reward may hang
         self.scorer.draining = True
 
     async def on_tick(self, counter: int) -> bool:

@@ -59,6 +59,8 @@ def load_checkpoint(folder: Path, base: str, device: torch.device, dtype: torch.
         weights = _read_weights(path)
     else:
         path = checkpoint / "adapter_model.safetensors"
+        if not path.is_file() and not (checkpoint / "adapter_config.json").is_file():
+            raise UserError(f"--rewards: {checkpoint} has neither model.pth nor adapter_model.safetensors: download it again")
         weights = _base_weights(base, len(tokenizer)) | _read_weights(checkpoint / "non_lora_state_dict.pth")
         pairs = _read_weights(path)
         _check_targets(pairs, _read_json(checkpoint / "adapter_config.json")["target_modules"], weights, path)
