@@ -452,7 +452,7 @@ def main() -> None:
     noise_levels = [args.noise_level if step in args.stochastic_steps else 0.0 for step in range(args.sampling_steps)]
     shape = latent_shape(transformer, vae, args)
 
-    distributed.together(lambda: preflight(rewards, decode(vae, torch.zeros(2, *shape, device=device), args), cache.rows[0]))
+    distributed.together(lambda: preflight(rewards, decode(vae, torch.zeros(1, *shape, device=device), args), cache.rows[0]))
 
     # Resume.
     done = checkpoint.load(engine, ema, resume_from) if resume_from else 0

@@ -152,13 +152,13 @@ distributed.run(train_grpo_flux.main)
 
 
 def test_no_process_decodes_what_another_does(train, tmp_path):
-    """4 prompts of 4 samples, and 8 pictures, on two pairs of processes: each decodes 2 for the preflight, 4 samples, 2 pictures."""
+    """4 prompts of 4 samples, and 8 pictures, on two pairs of processes: each decodes 1 for the preflight, 4 samples, 2 pictures."""
     script, run = tmp_path / "count.py", tmp_path / "run"
     script.write_text(COUNT_DECODED)
     train(run, FOUR_PROMPTS, {"--iterations": 1, "--sample_every": 1, "--sp_size": 2}, processes=4, script=script)
     for rank in range(4):
         counts = [int(line) for line in run.with_name(f"run.decoded.{rank}").read_text().splitlines()]
-        assert sum(counts) == 2 + 4 + 2
+        assert sum(counts) == 1 + 4 + 2
 
 
 @pytest.mark.slow
