@@ -13,6 +13,7 @@ import hmac
 import ipaddress
 import json
 import os
+import signal
 import socket
 from collections import OrderedDict
 from contextlib import asynccontextmanager
@@ -204,8 +205,8 @@ class Server(uvicorn.Server):
         self.scorer = scorer
 
     def handle_exit(self, sig, frame) -> None:
-        if self.scorer.draining:
-            os._exit(130)  # told twice: a reward may hang
+        if sig == signal.SIGINT and self.scorer.draining:
+            os._exit(130)  # the second Ctrl-C: a reward may hang
         self.scorer.draining = True
 
     async def on_tick(self, counter: int) -> bool:
