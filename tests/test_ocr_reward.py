@@ -235,7 +235,7 @@ def test_by_its_name_on_the_command_line():
     rewards = load_rewards(parse_rewards(["ocr,frames=2,threads=2@0.9"]), CPU)
     media = to_media([draw("STOP", 64, 20)] * 2)
     assert score(rewards, media, [{"prompt": '"Stop"'}, {"prompt": '"Stork"'}])["ocr"].tolist() == [1, 0]
-    with pytest.raises(UserError, match=r"reward 'ocr' failed .* the prompt 'a red circle' has not"):
+    with pytest.raises(UserError, match=r"reward 'ocr' failed: .* the prompt 'a red circle' has not"):
         score(rewards, media, [{"prompt": '"Stop"'}, {"prompt": "a red circle"}])
     media[1, 0, 5, 5] = float("nan")
     with pytest.raises(UserError, match="not finite"):
