@@ -21,20 +21,20 @@ import tyro
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from tqdm import tqdm
 
-from fastvideo import checkpoint, distributed, tracking, zero
+from fastvideo import checkpoint, distributed, guards, run_folder, tracking, zero
 from fastvideo.attention import set_attention
 from fastvideo.distributed import Ranks, UserError, keyed_generator, warn
 from fastvideo.ema import EMA
 from fastvideo.embedding_cache import EmbeddingCache
 from fastvideo.fingerprint import check_encoder
 from fastvideo.flags import check_numbers, check_size
-from fastvideo.media import save_samples
 from fastvideo.models.wan import parallelize
 from fastvideo.pretrained import add_lora, initial_weights, load_pretrained
 from fastvideo.prompts import draw_prompts
 from fastvideo.rewards import check_rewards, load_rewards, parse_rewards, score
 from fastvideo.rewards.preflight import preflight
-from fastvideo.rewards.statistics import group_statistics, warn_of_over_optimization
+from fastvideo.rewards.statistics import group_statistics
+from fastvideo.stop import StopSignals
 
 FAMILY = "wan"  # of the embedding caches that fit
 # What evaluate.py takes over from a run.
@@ -139,6 +139,10 @@ class Args:
     """A process that the others have waited for this long is taken for lost, which ends the run."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest checkpoint in --output_dir, if any; never: refuse a folder that has a run in it."""
+    allow_changed_args: bool = False
+    """Resume even if arguments have changed that change what is computed; else that is refused."""
+    stop_on_collapse: bool = False
+    """Save and stop, not only warn, when the reward, the ratio or the gradients leave what is healthy (docs/clusters.md has the rules)."""
     checkpoint_every: int = 50
     """Iterations between checkpoints; one is always saved after the last."""
     keep_checkpoints: int = 3
@@ -449,10 +453,10 @@ def main() -> None:
     dtype = distributed.compute_dtype(args.dtype, device)
     zero.check_stage(args.zero_stage, args.offload, dtype)
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(args).items()}
-    resume_from = distributed.on_main(lambda: checkpoint.to_resume(args.output_dir, args.resume, arguments))
-
-    # Data, rewards, models, engine.
     cache = EmbeddingCache(args.embeddings, {"family": FAMILY}, ranks)
+    resume_from = run_folder.enter(args.output_dir, args.resume, arguments, cache.digest, args.allow_changed_args)
+
+    # Rewards, models, engine.
     check_encoder(cache, args.model)
     rewards = load_rewards(parse_rewards(args.rewards + args.held_out_rewards), device)
     weights = dict(zip(rewards, args.reward_weights))  # of those that are trained on
@@ -478,26 +482,23 @@ def main() -> None:
     schedule = time_schedule(args.sampling_steps, args.shift).to(device)
     noise_levels = [args.noise_level if step in args.stochastic_steps else 0.0 for step in range(args.sampling_steps)]
     shape = latent_shape(transformer, vae, args)
-
     distributed.together(lambda: preflight(rewards, decode(vae, torch.zeros(1, *shape, device=device), args), cache.rows[0]))
 
-    # Resume.
     done = checkpoint.load(engine, ema, resume_from) if resume_from else 0
     sampling = {name: (arguments | cache.fingerprint)[name] for name in SAMPLING}
     if ranks.is_main:
-        print(f"resuming from {resume_from}" if resume_from else f"a new run in {args.output_dir}")
         print(f"{cache.num_prompts} prompts, {G} samples of each of {P} an iteration on {ranks.layout}, {device.type}, {dtype}")
-    tracking.write_manifest(args.output_dir, __file__, arguments, sampling, ranks)
+    run_folder.write_manifest(args.output_dir, __file__, arguments, cache.digest, sampling, done, ranks)
     tracker = tracking.Tracker(args.output_dir, args.trackers, arguments, done, ranks)
 
+    stop = StopSignals()
     progress = tqdm(range(done + 1, args.iterations + 1), initial=done, total=args.iterations, disable=not ranks.is_main, desc="GRPO")
     for iteration in progress:
         timer = tracking.Timer()
         with timer("iteration"):
             # Line 2: draw a batch of prompts. This process (with its group of --sp_size) has the slots `first` to `first + local_prompts`.
-            prompts = draw_prompts(cache.num_prompts, P, iteration, args.seed)
             first = ranks.dp_rank * local_prompts
-            own_prompts = prompts[first : first + local_prompts]
+            own_prompts = draw_prompts(cache.num_prompts, P, iteration, args.seed)[first : first + local_prompts]
             cond = distributed.together(lambda p=own_prompts: load_cond(cache, p, transformer, vae, args))
             samples = [(first + i // G, i % G) for i in range(local_prompts * G)]  # (prompt slot, index in its group)
 
@@ -508,25 +509,27 @@ def main() -> None:
 
             # Lines 3 to 5: G samples of each prompt from the old policy, which is the current one.
             progress.set_description("sampling")
-            trajectories, latents = [], []
-            with timer("rollout"), zero.gathered(engine, args.gather_for_rollout):
-                for batch in torch.arange(len(samples)).split(args.rollout_batch_size):
-                    slots = [samples[i] for i in batch]
-                    keys = [(slot,) if args.shared_noise else (slot, g) for slot, g in slots]
-                    initial = [keyed_generator(args.seed, "initial_noise", iteration, *key) for key in keys]
-                    z_1 = torch.stack([torch.randn(shape, generator=generator) for generator in initial])
-                    generators = [keyed_generator(args.seed, "step_noise", iteration, *sample) for sample in slots]
-                    batch_cond = {name: tensor[batch.to(device) // G] for name, tensor in cond.items()}
-                    kept, x0_hat = rollout(engine, batch_cond, z_1.to(device), schedule, noise_levels, generators, trained_steps[batch])
-                    trajectories.append(kept)
-                    latents.append(x0_hat)
-            trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
-            x0_hat = torch.cat(latents)
-
-            # Line 6: their rewards. The processes of a sequence-parallel group have the same samples, and share the decoding and scoring.
-            own_samples = list(range(ranks.sp_rank, len(samples), ranks.sp_size))
-            scores, failure = {name: torch.zeros(P * G) for name in rewards}, None
+            trajectories, latents, failure = [], [], None
+            scores = {name: torch.zeros(P * G) for name in rewards}
             try:
+                with timer("rollout"), zero.gathered(engine, args.gather_for_rollout):
+                    for batch in torch.arange(len(samples)).split(args.rollout_batch_size):
+                        if stopped := stop.requested():
+                            raise stopped
+                        slots = [samples[i] for i in batch]
+                        keys = [(slot,) if args.shared_noise else (slot, g) for slot, g in slots]
+                        initial = [keyed_generator(args.seed, "initial_noise", iteration, *key) for key in keys]
+                        z_1 = torch.stack([torch.randn(shape, generator=generator) for generator in initial])
+                        generators = [keyed_generator(args.seed, "step_noise", iteration, *sample) for sample in slots]
+                        batch_cond = {name: tensor[batch.to(device) // G] for name, tensor in cond.items()}
+                        kept, x0_hat = rollout(engine, batch_cond, z_1.to(device), schedule, noise_levels, generators, trained_steps[batch])
+                        trajectories.append(kept)
+                        latents.append(x0_hat)
+                trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
+                x0_hat = torch.cat(latents)
+
+                # Line 6: their rewards. The processes of a sequence-parallel group have the same samples, and share decoding and scoring.
+                own_samples = list(range(ranks.sp_rank, len(samples), ranks.sp_size))
                 for start in range(0, len(own_samples), args.rollout_batch_size):
                     batch = own_samples[start : start + args.rollout_batch_size]
                     with timer("decode"), torch.no_grad():
@@ -538,7 +541,7 @@ def main() -> None:
             except UserError as error:
                 failure = error
             if failure := distributed.first_error(failure):
-                if iteration > 1:  # else nothing has been learned
+                if iteration > 1:  # these are still the weights of the one before
                     checkpoint.save(engine, ema, args.output_dir, iteration - 1, args.keep_checkpoints, ranks)
                 raise failure
 
@@ -585,8 +588,7 @@ def main() -> None:
                         ema.update()
 
         # What happened, on all processes together.
-        stats = [{name: float(value) for name, value in row.items()} for row in stats]
-        stats = [row for rows in distributed.all_gather_object(stats) for row in rows]
+        stats = [row for rows in distributed.all_gather_object([{k: float(v) for k, v in row.items()} for row in stats]) for row in rows]
         metrics = group_statistics(group_rewards, weights)
         metrics["advantage/abs_mean"] = advantages.abs().mean().item()
         for name in ("loss", "ratio_mean", "approx_kl", "clip_frac", *(["kl"] if args.kl_weight else [])):
@@ -596,19 +598,19 @@ def main() -> None:
         metrics["policy/lr"] = engine.get_lr()[0]
         metrics |= tracking.costs(timer, P * G) | {"samples": iteration * P * G}
         tracker.log(iteration, metrics)
-        warn_of_over_optimization(args.output_dir, iteration)
+        collapse = guards.check(args.output_dir, iteration, args.clip_range)
         shown = {name: f"{metrics[f'reward/{name}_mean']:.3f}" for name in weights}
         progress.set_postfix(shown | {"|ratio-1|": f"{metrics['policy/ratio_max_dev']:.0e}"})
         last = iteration == args.iterations
         if args.sample_every and (iteration % args.sample_every == 0 or last):
             with ema.applied() if ema else nullcontext():
                 media = sample_media(engine, transformer, vae, cache, schedule, args, ranks)
-            if media is not None:
-                captions = [cache.rows[i % cache.num_prompts]["prompt"] for i in range(8)]
-                path = save_samples(args.output_dir / "samples" / f"iteration_{iteration:06d}.png", media, captions)
-                tracker.log_picture(iteration, "samples", path)
-        if iteration % args.checkpoint_every == 0 or last:
+            tracker.log_samples(iteration, media, [cache.rows[i % cache.num_prompts]["prompt"] for i in range(8)])
+        failure = stop.requested() or (collapse if args.stop_on_collapse else None)
+        if iteration % args.checkpoint_every == 0 or last or failure:
             checkpoint.save(engine, ema, args.output_dir, iteration, args.keep_checkpoints, ranks)
+        if failure and not last:
+            raise failure
 
     with ema.applied() if ema else nullcontext():
         checkpoint.export(engine, args.output_dir / "export", "transformer")

@@ -10,7 +10,7 @@ import shutil
 from collections import defaultdict
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,6 @@ from fastvideo.distributed import Ranks, UserError, on_main, together
 from fastvideo.ema import EMA
 from fastvideo.files import rename_folder, sync, whole_file, whole_folder
 from fastvideo.shards import Fragment, adam_shards, fragments, master_shards, parameter_shapes, refresh_weights, set_updates
-from fastvideo.tracking import check_arguments
 from fastvideo.zero import full_state_dict
 
 
@@ -80,23 +79,6 @@ def latest(folder: Path) -> Path | None:
     checkpoint = folder / pointer.read_text().strip()
     if not (checkpoint / "state.json").exists():
         raise UserError(f"{pointer} names {checkpoint.name!r}, which is not there; write an existing iteration_* folder's name into it")
-    return checkpoint
-
-
-def to_resume(output_dir: Path, resume: Literal["auto", "never"], arguments: dict[str, Any]) -> Path | None:
-    """The checkpoint that a run in `output_dir` goes on from, None for a new run; warns of arguments that have changed since.
-
-    Raises UserError where there is a run but `resume` is "never", for changed arguments that the checkpoint decides, and for a checkpoint
-    that is beyond the last iteration.
-    """
-    checkpoint = latest(output_dir / "checkpoints")
-    if resume == "never" and (checkpoint or (output_dir / "metrics.jsonl").exists()):
-        raise UserError(f"--output_dir {output_dir} has a run in it and --resume is never: choose another folder")
-    if checkpoint:
-        check_arguments(output_dir, arguments)
-        done = int(checkpoint.name.removeprefix("iteration_"))
-        if done > arguments["iterations"]:
-            raise UserError(f"{checkpoint} is at iteration {done}, beyond --iterations {arguments['iterations']}")
     return checkpoint
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,8 @@ class UserError(Exception):
 
     No ValueError: tyro would catch one that Args raises, and print it in a frame of its own.
     """
+
+    exit_code = 2
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,9 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call `main`; a `UserError` becomes one sentence on stderr, once, and exit code 2. Other errors keep their traceback.
+    """Call `main`; a `UserError` becomes one sentence on stderr, once, and its exit code. Other errors keep their traceback.
+
+    The environment variable FASTVIDEO_ERROR_FILE names a file that gets the sentence too, if its exit code is 2.
 
     A collective that fails because a process is lost becomes one sentence that names it, from the lowest rank left, and exit code 1.
     """
@@ -125,8 +130,10 @@ def run(main: Callable[[], None]) -> None:
             _watch.stop(str(error))
         if launch_rank() != 0:
             time.sleep(10)  # an error of all ranks is told by rank 0, after which torchrun ends this process; else it is ours to tell
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        print(f"error: {error}" if error.exit_code == 2 else error, file=sys.stderr, flush=True)
+        if launch_rank() == 0 and error.exit_code == 2 and (file := os.environ.get("FASTVIDEO_ERROR_FILE")):
+            Path(file).write_text(f"{error}\n")  # for who starts it again: that would be in vain
+        sys.exit(error.exit_code)
     except Exception as error:
         if _watch and from_collective(error):
             _watch.give_up(error)
@@ -147,8 +154,7 @@ def warn(message: str) -> None:
 
 def first_error(error: UserError | None) -> UserError | None:
     """Collective. The first of the errors that processes bring, on all of them, so that all stop together and rank 0 can say why."""
-    messages = all_gather_object(None if error is None else str(error))
-    return next((UserError(message) for message in messages if message is not None), None)
+    return next((raised for raised in all_gather_object(error) if raised is not None), None)
 
 
 def together(function: Callable[[], T]) -> T:

@@ -5,6 +5,7 @@ checksums and the encoders' fingerprint in its own header, so a killed run can b
 For models that are guided by their own prediction without a prompt, the last row is the empty prompt, {"prompt": ""}.
 """
 
+import hashlib
 import json
 import sys
 import zlib
@@ -81,6 +82,7 @@ class EmbeddingCache:
     """A finished cache, read lazily: only the rows' JSON stays in memory, and no file stays open.
 
     path: Path. rows: list of dict. fingerprint: as given to `write_cache`. tensors: {key: {"dtype": "BF16", "shape": [...] of a row}}.
+    digest: str, of all that it holds.
     """
 
     def __init__(self, path: str | Path, expected_fingerprint: dict | None = None, ranks: Ranks | None = None):
@@ -99,6 +101,7 @@ class EmbeddingCache:
         index = _read_index(self.path)
         self.rows, self.fingerprint, self.tensors = index["rows"], index["fingerprint"], index["tensors"]
         self._shard_size, self._crc32 = index["shard_size"], index["crc32"]
+        self.digest = hashlib.sha256(json.dumps([self.fingerprint, self.rows, self._crc32]).encode()).hexdigest()
         self._paths = [self.path / shard["name"] for shard in index["shards"]]
         refuse_difference(self.path, self.fingerprint, expected_fingerprint, "this run")
         for k in tqdm(range(rank, len(self._paths), world_size), f"checking {self.path}", delay=2, leave=False, disable=rank != 0):

@@ -1,12 +1,9 @@
-"""What a run leaves to read: metrics.jsonl, TensorBoard or wandb, the manifest, the reward curve; and its timers."""
+"""What a run leaves to read: metrics.jsonl, TensorBoard or wandb, the reward curve; and its timers."""
 
-import importlib.metadata
 import json
 import math
 import os
 import resource
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,11 +14,9 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastvideo.distributed import Ranks, UserError, all_gather_object, warn
+from fastvideo.distributed import Ranks, UserError, all_gather_object
 from fastvideo.files import whole_file
-
-DECIDED_BY_CHECKPOINT = ("lora_rank",)
-PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "peft", "safetensors")
+from fastvideo.media import save_samples
 
 
 class Tracker:
@@ -76,16 +71,22 @@ class Tracker:
         if self.wandb is not None:
             self.wandb.log(metrics, step=iteration)
 
-    def log_picture(self, iteration: int, name: str, path: Path) -> None:
-        """Show a PNG that was written to the run folder in the trackers too."""
+    def log_samples(self, iteration: int, media: torch.Tensor | None, captions: list[str]) -> None:
+        """Write `output_dir/samples/iteration_NNNNNN.png`, and mp4 files of clips beside it, and show the PNG in the trackers too.
+
+        media: pictures (B, 3, H, W) or clips (B, 3, F, H, W) in [-1, 1]; needed on rank 0 only. captions: B.
+        """
+        if not self.active:
+            return
+        path = save_samples(self.path.parent / "samples" / f"iteration_{iteration:06d}.png", media, captions)
         if self.tensorboard is not None:
             with Image.open(path) as image:
                 pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-                self.tensorboard.add_image(name, pixels.view(image.height, image.width, 3), iteration, dataformats="HWC")
+                self.tensorboard.add_image("samples", pixels.view(image.height, image.width, 3), iteration, dataformats="HWC")
         if self.wandb is not None:
             import wandb
 
-            self.wandb.log({name: wandb.Image(str(path))}, step=iteration)
+            self.wandb.log({"samples": wandb.Image(str(path))}, step=iteration)
 
     def close(self) -> None:
         if self.tensorboard is not None:
@@ -126,45 +127,6 @@ def peak_memory_gib() -> float:
         return torch.cuda.max_memory_allocated() / 2**30
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return kibibytes / 2**20
-
-
-def write_manifest(output_dir: Path, script: str, arguments: dict[str, Any], sampling: dict[str, Any], ranks: Ranks) -> None:
-    """`output_dir/manifest.json`: what was run, with what, and the sampling settings that evaluation should use. Rank 0 only."""
-    if not ranks.is_main:
-        return
-    output_dir.mkdir(parents=True, exist_ok=True)
-    root = Path(script).resolve().parent
-    has_git = shutil.which("git") is not None
-    git = subprocess.run(["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, check=False) if has_git else None
-    manifest = {
-        "script": Path(script).name,
-        "command": sys.argv,
-        "arguments": arguments,
-        "sampling": sampling,
-        "git": (git.stdout.strip() or None) if git else None,
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "world_size": ranks.world_size,
-        "device": str(ranks.device.type),
-        "source": Path(script).read_text(),
-    }
-    with whole_file(output_dir / "manifest.json") as temporary:
-        temporary.write_text(json.dumps(manifest, indent=2))
-
-
-def check_arguments(output_dir: Path, arguments: dict[str, Any]) -> None:
-    """Compare with the arguments that the resumed run was started with: warns of each change, UserError for one the checkpoint decides."""
-    path = output_dir / "manifest.json"
-    if not path.is_file():
-        raise UserError(
-            f"{output_dir} has checkpoints but no manifest.json, so its arguments cannot be compared: choose another --output_dir"
-        )
-    before = json.loads(path.read_text())["arguments"]
-    for name, value in json.loads(json.dumps(arguments)).items():
-        if name in before and before[name] != value:
-            change = f"--{name} was {before[name]} when the run in {output_dir} was started, and is {value} now"
-            if name in DECIDED_BY_CHECKPOINT:
-                raise UserError(f"{change}: it cannot change on a resume; choose another --output_dir")
-            warn(change)
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:

@@ -4,6 +4,7 @@ A script is launched in either of two ways. `launch` gives its command to the sy
 from a server process that has imported the packages already, which saves some ten seconds a process; all after the imports is the same.
 """
 
+import atexit
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -107,7 +108,10 @@ def run_in_fork(script: str, words: list[str], environment: dict[str, str], log:
     os.environ.update(environment)
     sys.argv = [script, *words]
     sys.path.insert(0, str(Path(script).parent))
-    runpy.run_path(script, run_name="__main__")
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing ends its processes without
 
 
 def start_forked(script: Path, *flags: object, processes: int = 1, log: Path) -> list[BaseProcess]:

@@ -1,15 +1,20 @@
 """A run that is killed at any moment and started again by the same command is the run that was never killed, bit for bit."""
 
+import json
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, TRAIN, command, metrics_of, run_script, start_forked, weights_of
+from conftest import ENVIRONMENT, MODEL, REPOSITORY, TRAIN, command, metrics_of, run_script, start_forked, weights_of
+
+from fastvideo.distributed import UserError
+from fastvideo.run_folder import _lock
 
 
 def lines_of(run: Path) -> int:
@@ -141,7 +146,6 @@ def test_resume_never_refuses_a_folder_with_a_run(train, finished_run, tmp_path)
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"--ema_decay": 0}, "was saved with EMA and cannot be resumed without it: see --ema_decay"),
         ({"--dtype": "bfloat16"}, "was saved with --dtype float32 and cannot be resumed with bfloat16"),
     ],
 )
@@ -184,13 +188,112 @@ def test_going_back_while_later_checkpoints_exist(train, run_copy, finished_run)
 
 
 def test_changed_arguments(train, run_copy):
-    """What the checkpoint decides cannot change; any other change is said."""
-    assert "--lora_rank was 0 when the run in" in refusal(train, run_copy, {"--lora_rank": 4})
-    result = train(run_copy, {"--iterations": 7}, {"--noise_level": 0.4, "--learning_rate": 1e-3})
-    assert "warning: --noise_level was 0.3 when the run in" in result.stderr and "and is 0.4 now" in result.stderr
+    """Those that change what is computed are refused, unless the user insists and the checkpoint does not decide them."""
+    changed = {"--noise_level": 0.4, "--learning_rate": 1e-3, "--micro_batch_size": 5}
+    sentence = refusal(train, run_copy, changed)
+    assert (
+        "--learning_rate was 0.0001 and is 0.001; --noise_level" in sentence or "--noise_level was 0.3 and is 0.4; --learning" in sentence
+    )
+    assert "micro_batch_size" not in sentence
+    assert "--lora_rank was 0 and is 4" in refusal(train, run_copy, {"--lora_rank": 4}, "--allow_changed_args")
+    assert "--ema_decay was 0.5 and is 0" in refusal(train, run_copy, {"--ema_decay": 0}, "--allow_changed_args")
+    result = train(run_copy, {"--iterations": 7}, changed, "--allow_changed_args")
+    assert "warning: the run in" in result.stderr and "--noise_level was 0.3 and is 0.4" in result.stderr
     assert metrics_of(run_copy)[-1]["policy/lr"] == 1e-3
+    manifest = json.loads((run_copy / "manifest.json").read_text())
+    assert manifest["arguments"]["noise_level"] == 0.4 and manifest["from_iteration"] == 6
+    assert [start["arguments"]["noise_level"] for start in manifest["history"]] == [0.3]
+    assert "source" not in manifest["history"][0]  # only what was not the same
+
+
+def test_the_same_files_elsewhere(train, cache, run_copy, tmp_path):
+    """Of model and embeddings it matters what they are, not where."""
+    shutil.copytree(cache, tmp_path / "moved")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / MODEL.name).symlink_to(MODEL)
+    train(run_copy, {"--iterations": 7}, {"--embeddings": tmp_path / "moved", "--model": tmp_path / "elsewhere" / MODEL.name})
+    (tmp_path / "other.txt").write_text("a red circle\na blue square\n")
+    flags = {"--model": MODEL, "--prompts": tmp_path / "other.txt", "--output_dir": tmp_path / "fewer"}
+    run_script(REPOSITORY / "preprocess" / "embed_flux.py", flags, log=tmp_path / "log")
+    assert "which holds other embeddings" in refusal(train, run_copy, {"--embeddings": tmp_path / "fewer"})
 
 
 def test_run_without_its_manifest_is_refused(train, run_copy):
     (run_copy / "manifest.json").unlink()
     assert "has checkpoints but no manifest.json" in refusal(train, run_copy)
+
+
+# ------------------------------------------------------------------------------------------------------- one run at a time
+
+
+def test_a_second_run_in_the_same_folder_is_refused(run_flags, finished_run_of_two, tmp_path):
+    """Even if it comes from torchrun's second rank later; the first one goes on undisturbed, and after SIGKILL its lock means nothing."""
+    run = tmp_path / "run"
+    flags = run_flags(run, {"--iterations": 6})
+    forked = start_forked(TRAIN, *flags, processes=2, log=tmp_path / "first")
+    wait_for_moment("in_the_middle", run)
+    os.kill(forked[0].pid, signal.SIGSTOP)  # so that it cannot end before the other comes
+    second = run_script(TRAIN, *flags, log=tmp_path / "second")
+    os.kill(forked[0].pid, signal.SIGCONT)
+    assert second.returncode == 2
+    assert f"{run} is in use by process {forked[0].pid} on {socket.gethostname()}, since " in second.stderr
+    assert "Traceback" not in second.stderr
+    for process in forked:
+        process.join()
+    assert [process.exitcode for process in forked] == [0, 0]
+    assert_same_run(run, finished_run_of_two)
+    assert not (run / "lock").exists()
+
+
+def test_lock_that_a_killed_run_left(train, finished_run, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "lock").write_text('{"host": "gone", "pid": 1, "job": "12", "since": "yesterday"}')
+    train(run, {"--iterations": 6})
+    assert_same_run(run, finished_run)
+
+
+@pytest.mark.parametrize(("state", "refused"), [("RUNNING", True), ("", False)])
+def test_lock_of_another_host_where_locks_do_not_reach(monkeypatch, tmp_path, state, refused):
+    """SLURM knows whether the job that took the folder still runs."""
+    squeue = tmp_path / "bin" / "squeue"
+    squeue.parent.mkdir()
+    squeue.write_text(f'#!/bin/sh\n[ "$*" = "--noheader --format=%T --jobs 12" ] && echo {state}\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "lock").write_text('{"host": "gone", "pid": 1, "job": "12", "since": "yesterday"}')
+    if refused:
+        with pytest.raises(UserError, match="in use by process 1 on gone, SLURM job 12, since yesterday"):
+            _lock(tmp_path / "run")
+    else:
+        _lock(tmp_path / "run")
+
+
+def test_refused_run_leaves_no_folder(train, tmp_path):
+    assert train(tmp_path / "run", {"--rewards": "clip=nowhere"}, check=False).returncode == 2
+    assert not (tmp_path / "run").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------------ signals
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_signal_saves_and_stops(run_flags, request, tmp_path, number, processes):
+    """No iteration that was finished is lost, whatever --checkpoint_every is, even if one process alone gets the signal."""
+    run = tmp_path / "run"
+    flags = run_flags(run, {"--iterations": 6, "--checkpoint_every": 100})
+    forked = start_forked(TRAIN, *flags, processes=processes, log=tmp_path / "log")
+    wait_for_moment("between_the_first_checkpoints", run)
+    os.kill(forked[-1].pid, number)
+    for process in forked:
+        process.join()
+    assert [process.exitcode for process in forked] == [128 + number] * processes
+    stderr = (tmp_path / "log.0.stderr").read_text()
+    assert "Traceback" not in stderr
+    assert f"stopped by {number.name}; the same command goes on from the last checkpoint" in stderr
+    assert (run / "checkpoints" / "latest").read_text() == f"iteration_{lines_of(run):06d}"
+    assert 3 <= lines_of(run) < 6
+    run_script(TRAIN, *flags, processes=processes, log=tmp_path / "log")
+    assert_same_run(run, request.getfixturevalue("finished_run" if processes == 1 else "finished_run_of_two"))

@@ -7,9 +7,10 @@ import torch
 from conftest import REPOSITORY, metrics_of
 
 from fastvideo.distributed import UserError
+from fastvideo.guards import EVALUATIONS, WINDOW, warn_of_over_optimization
 from fastvideo.rewards import load_rewards, parse_rewards
 from fastvideo.rewards.preflight import preflight
-from fastvideo.rewards.statistics import EVALUATIONS, WINDOW, group_statistics, warn_of_over_optimization
+from fastvideo.rewards.statistics import group_statistics
 
 CLIP = REPOSITORY / "shapes" / "models" / "clip"
 PICTURES, CLIPS = torch.zeros(2, 3, 32, 32), torch.zeros(2, 3, 9, 32, 32)

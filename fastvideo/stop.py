@@ -1,0 +1,48 @@
+"""A signal asks the run to stop: it saves what it has learned and ends, so that the same command goes on from there."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+from fastvideo.distributed import UserError, all_gather_object, launch_rank
+
+# From SLURM: at preemption and requeue; as a warning (sbatch --signal); and from a terminal's Ctrl-C.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+REPEATS = 3.0  # seconds in which a signal is the same one again: torchrun passes on what its processes have got from SLURM as well
+
+
+class Stopped(UserError):
+    """Not an error: the run was asked to stop. `distributed.run` ends the process with `exit_code`, 128 + the signal's number."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}; the same command goes on from the last checkpoint")
+        self.signal_number = signal_number
+        self.exit_code = 128 + signal_number
+
+    def __reduce__(self):
+        return Stopped, (self.signal_number,)
+
+
+class StopSignals:
+    """Listens from here on. The first signal only asks; a later one ends the process at once, as signals do."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self.first = 0.0
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self.first = number, time.monotonic()
+            if launch_rank() == 0:  # not by print, which the signal may have interrupted
+                name = signal.Signals(number).name
+                os.write(2, f"\n{name}: will save and stop as soon as the weights are those of a whole iteration\n".encode())
+        elif time.monotonic() - self.first > REPEATS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def requested(self) -> Stopped | None:
+        """Collective. Whether any process was asked: the same answer on all, to be raised once the checkpoint is saved."""
+        return next((Stopped(number) for number in all_gather_object(self.received) if number is not None), None)
