@@ -130,7 +130,7 @@ class Args:
 def main() -> None:
     args = tyro.cli(Args, use_underscores=True, console_outputs=distributed.launch_rank() == 0, description=__doc__.splitlines()[0])
     ranks = distributed.init()
-    rewards = load_rewards(parse_rewards(args.rewards), ranks.device)
+    rewards = load_rewards(parse_rewards(args.rewards), ranks.device, read_prompts(args.prompts)[0])
     pipeline = load_pipeline(args.model, args.dtype, ranks.device)
     sampling = sampling_settings(args, pipeline)
     from_images = isinstance(pipeline, HunyuanSkyreelsImageToVideoPipeline)

@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from fastvideo.distributed import UserError
 from fastvideo.rewards import load_rewards, parse_rewards, score
-from fastvideo.rewards.ocr import edit_distance, in_reading_order, load_ocr, normalise, quoted_text, similarity
+from fastvideo.rewards.ocr import check_rows, edit_distance, in_reading_order, load_ocr, normalise, quoted_text, similarity
 
 FONTS = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
 CPU = torch.device("cpu")
@@ -34,17 +34,44 @@ CPU = torch.device("cpu")
         ("a mug with ‘it’s ok’ on it", "it's ok"),  # noqa: RUF001
         ('"Salt" on one jar and "Pepper" on Ann\'s', "Salt Pepper"),
         ("a poster \"Rock 'n' Roll\"", "Rock 'n' Roll"),
+        ('a 12" pizza and a 14" one, "HOT"', "HOT"),  # inches
+        ('a 32 " screen that says "LIVE", 20 " high', "LIVE"),
+        ("a 32” screen that says “LIVE”, 20” high", "LIVE"),
+        ('"24" on a 5\'10" board, "Route 66" on the other', "24 Route 66"),
+        ('number 7 "Ann" and number 8"', "Ann"),
+        ("le numéro 5 « Café 21 »", " Café 21 "),
+        ('a sign " OPEN "', " OPEN "),
+        ('写着"开门"的牌子', "开门"),
+        ('he said "hello, and a sign "OPEN"', "OPEN"),  # unpaired
+        ('an empty "" sign and one that says "OPEN"', "OPEN"),
+        ("a 6' man with 'Rex' on his shirt", "Rex"),
     ],
 )
 def test_text_in_quotes(prompt, text):
     assert quoted_text(prompt) == text
 
 
-@pytest.mark.parametrize("prompt", ["a red circle", "Bob's dog and Ann's cat", 'a 12" pizza', 'an empty "" sign', 'a blank " " sign'])
-def test_prompts_without_quoted_text_are_errors_that_name_them(prompt):
-    with pytest.raises(UserError) as error:
-        quoted_text(prompt)
-    assert repr(prompt) in str(error.value)
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red circle",
+        "Bob's dog and Ann's cat",
+        'an empty "" sign',
+        'a blank " " sign',
+        'an unpaired "mark',
+        'a 12" pizza',
+        'a 12" pizza and a 14" one',
+        "a 12” pizza and a 14” one",
+        'boards of 12 " by 14 " size',
+        "a 6' man and a 5'10\" one, 5'4\" apart",
+    ],
+)
+def test_prompts_without_quoted_text_are_errors_that_name_the_first(prompt):
+    rows = [{"prompt": 'it says "OPEN"'}, {"prompt": prompt}, {"prompt": "a blue square"}]
+    with pytest.raises(UserError, match="which 2 of 3 prompts have not, the first of them") as error:
+        check_rows(rows)
+    assert str(error.value).endswith(repr(prompt))
+    check_rows(rows[:1])
 
 
 def test_normalisation():
@@ -235,8 +262,10 @@ def test_by_its_name_on_the_command_line():
     rewards = load_rewards(parse_rewards(["ocr,frames=2,threads=2@0.9"]), CPU)
     media = to_media([draw("STOP", 64, 20)] * 2)
     assert score(rewards, media, [{"prompt": '"Stop"'}, {"prompt": '"Stork"'}])["ocr"].tolist() == [1, 0]
-    with pytest.raises(UserError, match=r"reward 'ocr' failed: .* the prompt 'a red circle' has not"):
+    with pytest.raises(UserError, match=r"reward 'ocr' failed: .* 1 of 2 prompts .* 'a red circle'"):
         score(rewards, media, [{"prompt": '"Stop"'}, {"prompt": "a red circle"}])
+    with pytest.raises(UserError, match="1 of 9 prompts have not, the first of them 'a red circle'"):  # before the first iteration
+        load_rewards(parse_rewards(["ocr@0.9"]), CPU, [{"prompt": '"Stop"'}] * 8 + [{"prompt": "a red circle"}])
     media[1, 0, 5, 5] = float("nan")
     with pytest.raises(UserError, match="not finite"):
         score(rewards, media, [{"prompt": '"Stop"'}] * 2)

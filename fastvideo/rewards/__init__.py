@@ -7,6 +7,7 @@ A loader is called as `load(path, device)`, where `path` is what the user wrote 
 give: `def load(path, device, *, fps: float = 2.0)` takes `NAME=PATH,fps=4`.
     media: float32 in [-1, 1], images (B, 3, H, W) or clips (B, 3, frames, H, W), on `device`.
     rows: B dicts, one a sample, with "prompt" and whatever further fields the prompt file had.
+A reward that can't score every prompt has an attribute `check_rows(rows)`, which raises UserError; it is called once, on all rows.
 """
 
 import functools
@@ -16,6 +17,7 @@ import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,16 +64,22 @@ class RewardSpec:
 def parse_rewards(texts: Sequence[str]) -> list[RewardSpec]:
     """`["clip=shapes/models/clip@0.3"]` -> `[RewardSpec("clip", "shapes/models/clip", 0.3)]`.
 
-    Raises UserError for an unknown or repeated name, an unknown option, or a number that is none.
+    A path ends where options begin, or else at its last "@", unless a "/" comes after that.
+    Raises UserError for an unknown or repeated name, an empty path, an unknown option, or a number that is none.
     """
     if not texts:
         raise UserError("--rewards needs at least one reward")
     specs = []
     for text in texts:
-        match = re.fullmatch(r"(?P<name>[^=@,]+)(=(?P<path>.+?))?(?P<options>(,\w+=[^,@]*)*)(@(?P<threshold>[^@/]+))?", text)
+        match = re.fullmatch(r"(?P<name>[^=@,]+)(=(?P<path>.*?))?(?P<options>(,\w+=[^,@]*)*)(@(?P<threshold>[^@/]+))?", text)
         if match is None or _loader(match["name"]) is None:
             form = "NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]"
             raise UserError(f"--rewards: unknown reward {text!r}; known names are {', '.join(REWARDS)}, written as {form}")
+        kind, _, label = match["name"].rpartition(".")
+        if match["name"] not in REWARDS and not re.fullmatch("[A-Za-z0-9_]+", label):
+            raise UserError(f"--rewards: the label {label!r} in {text!r} must have letters, digits and _ alone, as {kind}.LABEL")
+        if match["path"] == "":
+            raise UserError(f"--rewards: nothing stands after = in {text!r}, where the path should be")
         try:
             threshold = None if match["threshold"] is None else _finite(float(match["threshold"]))
         except ValueError:
@@ -119,9 +127,18 @@ def check_rewards(trained: tuple[str, ...], weights: tuple[float, ...], held_out
     return weights or (1.0,) * len(trained)
 
 
-def load_rewards(specs: list[RewardSpec], device: torch.device) -> dict[str, Reward]:
-    """Load each reward onto `device`, with its threshold applied: 1 above it, else 0 (the paper's binary reward)."""
-    return {spec.name: _with_threshold(_loader(spec.name)(spec.path, device, **spec.options), spec.threshold) for spec in specs}
+def load_rewards(specs: list[RewardSpec], device: torch.device, rows: Sequence[dict] = ()) -> dict[str, Reward]:
+    """Load each reward onto `device`, with its threshold applied: 1 above it, else 0 (the paper's binary reward).
+
+    rows: all that will be scored. Raises UserError if a reward can't score one of them, as far as it can know.
+    """
+    rewards = {}
+    for spec in specs:
+        reward = _loader(spec.name)(spec.path, device, **spec.options)
+        if hasattr(reward, "check_rows"):
+            reward.check_rows(rows)
+        rewards[spec.name] = _with_threshold(reward, spec.threshold)
+    return rewards
 
 
 def _with_threshold(reward: Reward, threshold: float | None) -> Reward:
@@ -150,10 +167,9 @@ def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> 
         except UserError as error:
             raise UserError(f"reward {name!r} failed: {error}") from error
         except Exception as error:
-            frame = traceback.extract_tb(error.__traceback__)[-1]
-            where = f"{frame.filename}, line {frame.lineno}"
             batch = f"a batch of {len(rows)} that begins with the prompt {rows[0]['prompt']!r}"
-            raise UserError(f"reward {name!r} failed on {batch}: {type(error).__name__}: {error} ({where})") from error
+            what = f"{type(error).__name__}: {error} ({_place(error)})"
+            raise UserError(f"reward {name!r} failed on {batch}: {what}") from error
         if not isinstance(values, torch.Tensor):
             raise UserError(f"reward {name!r} returned a {type(values).__name__}; it must be a tensor of shape ({len(rows)},)")
         values = values.float().cpu()
@@ -164,3 +180,11 @@ def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> 
                 raise UserError(f"reward {name!r} is {value} for a sample of the prompt {row['prompt']!r}")
         scores[name] = values
     return scores
+
+
+def _place(error: Exception) -> str:
+    """Where a reward failed: the last line of its own file, or of one beside it, rather than of a library that it called."""
+    frames, torch_folder = traceback.extract_tb(error.__traceback__), Path(torch.__file__).parent  # torch.no_grad wraps rewards
+    own = next((frame for frame in frames if frame.filename != __file__ and torch_folder not in Path(frame.filename).parents), frames[-1])
+    last = [frame for frame in frames if Path(frame.filename).parent == Path(own.filename).parent][-1]
+    return f"{last.filename}, line {last.lineno}"

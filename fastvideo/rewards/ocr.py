@@ -5,7 +5,7 @@ The reader is PP-OCRv4 (Chinese and English), whose weights are inside the packa
 
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -13,9 +13,14 @@ import torch
 
 from fastvideo.distributed import UserError
 
-STRAIGHT = str.maketrans({**dict.fromkeys("“”„‟«»「」『』", '"'), **dict.fromkeys("‘’‚‛", "'"), **dict.fromkeys("–—", "-")})  # noqa: RUF001
+MARKS = '"“”„‟«»「」『』'
+STRAIGHT = str.maketrans({**dict.fromkeys(MARKS, '"'), **dict.fromkeys("‘’‚‛", "'"), **dict.fromkeys("–—", "-")})  # noqa: RUF001
+# " and ” after a digit are inches where no quote has begun; so they are in `12 " wide`, but not in `number 7 "Ann"`
+OPENING = r'(?:[“„‟«»「」『』]|(?<!\d)["”](?=\S)|(?<!\d)(?<!\d\s)["”])'
+CLOSING = rf"(?:(?<!\s)[{MARKS}]|[{MARKS}](?!\w))"  # between a space and a letter a quote begins: the mark before was unpaired
+DOUBLE_QUOTED = re.compile(f"{OPENING}([^{MARKS}]+){CLOSING}")
 # an apostrophe is no quote: single quotes have no letter on their outer side and no space on their inner side
-DOUBLE_QUOTED, SINGLE_QUOTED = re.compile(r'"([^"]+)"'), re.compile(r"(?<!\w)'(?=\S)(.+?)(?<=\S)'(?!\w)")
+SINGLE_QUOTED = re.compile(r"(?<!\w)'(?=\S)(.+?)(?<=\S)'(?!\w)")
 
 
 def load_ocr(
@@ -24,7 +29,7 @@ def load_ocr(
     """The reward: `similarity` of the read and the quoted text, in [0, 1], (B,). Takes no path.
 
     A clip has the mean of at most `frames` frames, evenly spread. The reader runs on the CPU, on any `device`: `threads` pictures at a
-    time, each on one core. The reward raises UserError for a prompt without text in quotes and for media that are not finite.
+    time, each on one core. The reward raises UserError for prompts without text in quotes and for media that are not finite.
     """
     if path is not None:
         raise UserError(f"--rewards: ocr takes no path, but was given ocr={path}")
@@ -43,30 +48,38 @@ def load_ocr(
 
     @torch.no_grad()
     def reward(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
-        wanted = [quoted_text(row["prompt"]) for row in rows]
+        check_rows(rows)
         if not media.isfinite().all():  # 8 bits would hide it
             raise UserError("ocr was given media with values that are not finite")
         clips = media if media.ndim == 5 else media.unsqueeze(2)
         chosen = torch.linspace(0, clips.shape[2] - 1, min(clips.shape[2], frames)).round().long()
         pixels = (clips[:, :, chosen].float() * 127.5 + 127.5).round().clamp(0, 255).to(torch.uint8)
         pictures = pixels.flip(1).permute(0, 2, 3, 4, 1).flatten(0, 1).cpu().numpy()  # blue, green, red, as the reader wants it
-        texts = [text for text in wanted for _ in chosen]
+        texts = [text for row in rows for text in [quoted_text(row["prompt"])] * len(chosen)]
         scores = [similarity(text, seen) for text, seen in zip(texts, pool.map(read, pictures))]
         return torch.tensor(scores).view(len(rows), -1).mean(1)
 
+    reward.check_rows = check_rows
     return reward
+
+
+def check_rows(rows: Sequence[dict]) -> None:
+    """Raise UserError, with the first, if there are prompts without text in quotes."""
+    without = [row["prompt"] for row in rows if not normalise(quoted_text(row["prompt"]))]
+    if without:
+        raise UserError(
+            f'ocr needs the text to draw in quotes, as in a sign that says "OPEN", which {len(without)} of {len(rows)} prompts have not, '
+            f"the first of them {without[0]!r}"
+        )
 
 
 def quoted_text(prompt: str) -> str:
     """What stands in a prompt's quotes, straight or typographic, several joined by a space; single ones count if there are no double ones.
 
-    Raises UserError if there is no such text.
+    "" if there is none. A mark of inches and an unpaired one are no quotes.
     """
-    straight = prompt.translate(STRAIGHT)
-    text = " ".join(DOUBLE_QUOTED.findall(straight) or SINGLE_QUOTED.findall(straight))
-    if not normalise(text):
-        raise UserError(f'ocr needs the text to draw in quotes, which the prompt {prompt!r} has not: a sign that says "OPEN"')
-    return text
+    quotes = DOUBLE_QUOTED.findall(prompt) or SINGLE_QUOTED.findall(prompt.translate(STRAIGHT))
+    return " ".join(quotes).translate(STRAIGHT)
 
 
 def in_reading_order(found: list) -> str:
