@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -126,14 +127,19 @@ def run(main: Callable[[], None]) -> None:
             print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
         os._exit(130)  # the process group's threads would wait for each other
     except UserError as error:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever listened for it has ended
         if _watch:
             _watch.stop(str(error))
+        if error.exit_code != 2:  # no mistake, and known to all ranks
+            if launch_rank() == 0:
+                print(error, file=sys.stderr, flush=True)
+            sys.exit(error.exit_code)
         if launch_rank() != 0:
             time.sleep(10)  # an error of all ranks is told by rank 0, after which torchrun ends this process; else it is ours to tell
-        print(f"error: {error}" if error.exit_code == 2 else error, file=sys.stderr, flush=True)
-        if launch_rank() == 0 and error.exit_code == 2 and (file := os.environ.get("FASTVIDEO_ERROR_FILE")):
+        elif file := os.environ.get("FASTVIDEO_ERROR_FILE"):
             Path(file).write_text(f"{error}\n")  # for who starts it again: that would be in vain
-        sys.exit(error.exit_code)
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except Exception as error:
         if _watch and from_collective(error):
             _watch.give_up(error)
