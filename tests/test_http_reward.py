@@ -23,7 +23,7 @@ from PIL import Image
 from fastvideo.distributed import UserError
 from fastvideo.media import save_video, to_pil
 from fastvideo.rewards import load_rewards, parse_rewards, score
-from fastvideo.rewards.wire import confine_images, pack, unpack
+from fastvideo.rewards.wire import confine_images, pack, to_float, unpack
 
 requests = pytest.importorskip("requests")
 WORKER = REPOSITORY / "tests" / "reward_server_worker.py"
@@ -132,7 +132,7 @@ def test_png_and_mp4(server, tmp_path):
     save_video(tmp_path / "clip.mp4", clip, fps=8)
     body = (tmp_path / "clip.mp4").read_bytes()
     unpacked, rows = unpack(body, "video/mp4", "a ramp", 1e6)
-    assert rows == [{"prompt": "a ramp"}] and unpacked.shape == (1, *clip.shape) and (unpacked[0] - clip).abs().mean() < 0.02
+    assert rows == [{"prompt": "a ramp"}] and unpacked.shape == (1, *clip.shape) and (to_float(unpacked[0]) - clip).abs().mean() < 0.02
     with pytest.raises(ValueError, match="max_megabytes"):
         unpack(body, "video/mp4", "a ramp", 10_000)
 

@@ -1,9 +1,11 @@
 """The `http` reward: batches are scored by servers (`fastvideo/rewards/server.py`), in processes and Python environments of their own.
 
-A batch is one request: POST /score?reward=NAME with the body of `pack`. Its answer is {"scores": [...]}, or {"detail": SENTENCE}.
+A batch is one request: POST /score?reward=NAME with the body of `pack`. Its answer is {"scores": [...], "reward": NAME}, or
+{"detail": SENTENCE}.
 """
 
 import os
+import ssl
 import time
 from collections.abc import Callable
 from io import BytesIO
@@ -12,10 +14,11 @@ from urllib.parse import urlsplit
 import torch
 
 from fastvideo.distributed import UserError, launch_rank, warn
-from fastvideo.rewards.wire import pack
+from fastvideo.rewards.wire import SAFETENSORS, pack
 
 MOST_BYTES = 128 * 2**20  # of media in one request of several samples
 BUSY = (408, 429, 502, 503, 504)  # statuses after which to ask again, or another server; any other refusal is final
+TELL_AFTER, TELL_EVERY = 3, 60  # seconds of waiting
 
 
 def load_http(
@@ -25,8 +28,9 @@ def load_http(
 
     reward: which of the server's rewards; may be left out if it has one. send: "float32", so that scores are what they would be in this
     process, or "uint8", a quarter of the bytes. batch: samples in one request, fewer if they would be over 128 MiB. patience: seconds;
-    each server is tried again and again for so long, and a request may take a quarter of it, before UserError. REWARD_TOKEN of the
-    environment is sent as a bearer token.
+    each server is tried again and again for so long, and a request may take a quarter of it, before UserError; what can't heal, such as a
+    wrong certificate, is a UserError at once. REWARD_TOKEN of the environment is sent as a bearer token. The reward's attribute `served`
+    is what the server calls the reward that it asked, once it has.
     """
     urls = [url.rstrip("/") for url in (path or "").split("+")]
     for url in urls:
@@ -41,14 +45,18 @@ def load_http(
     session = requests.Session()
     session.trust_env = False  # no proxy between trainer and servers, and no password from ~/.netrc in place of the token
     if token := os.environ.get("REWARD_TOKEN", "").strip():
+        if not token.isprintable():
+            raise UserError("the environment variable REWARD_TOKEN has a line break or another character that no header may have")
         session.headers["Authorization"] = f"Bearer {token}".encode()
     first = launch_rank() % len(urls)
     urls = urls[first:] + urls[:first]  # each process has its own favourite
     failures = dict.fromkeys(urls, float("-inf"))
+    final = (requests.exceptions.InvalidURL, requests.exceptions.SSLError)
 
     def post(body: bytes) -> tuple[str, requests.Response]:
         """The first answer that is not BUSY, and whose it is. The servers that failed in the last minute are tried last."""
-        start, pause, told = time.monotonic(), 0.1, False
+        start, pause = time.monotonic(), 0.1
+        tell = start + TELL_AFTER
         while True:
             begin = time.monotonic()
             for url in sorted(urls, key=lambda url: max(failures[url], begin - 60)):
@@ -57,12 +65,16 @@ def load_http(
                         f"{url}/score",
                         data=BytesIO(body),  # sent in pieces, each within the timeout, which would be that of all bytes
                         params={"reward": reward} if reward else None,
-                        headers={"Content-Type": "application/x-safetensors"},
+                        headers={"Content-Type": SAFETENSORS},
                         timeout=(min(10, patience / 4), patience / 4),
                         allow_redirects=False,  # they would take the token along
                     )
                 except requests.RequestException as error:
-                    problem = f"{url}: {_cause(error)}"
+                    cause = _cause(error)
+                    problem = f"{url}: {type(cause).__name__}: {cause}"
+                    lost = isinstance(cause, (ssl.SSLEOFError, ssl.SSLZeroReturnError))  # while it was being made: no fault of the address
+                    if isinstance(error, final) and not lost:
+                        raise UserError(problem) from error
                 else:
                     if answer.status_code not in BUSY:
                         return url, answer
@@ -74,9 +86,10 @@ def load_http(
                 raise UserError(
                     f"no reward server answered within {patience:g} s of trying {' and '.join(urls)}; the last error: {problem}"
                 )
-            if not told and pause > 1:
-                warn(f"no reward server has answered yet ({problem}); trying for {patience:g} s")
-                told = True
+            if time.monotonic() > tell:
+                waited = time.monotonic() - start
+                warn(f"waiting for the reward server {' or '.join(urls)}, for {waited:.0f} of {patience:g} s so far; {problem}")
+                tell = time.monotonic() + TELL_EVERY
             time.sleep(pause)
             pause = min(2 * pause, 5)
 
@@ -91,8 +104,10 @@ def load_http(
         if answer.status_code != 200:
             raise UserError(f"{url}: {_detail(answer)}")
         try:
-            return torch.tensor(answer.json()["scores"], dtype=torch.float32)
-        except (ValueError, KeyError, TypeError):
+            said = answer.json()
+            remote.served = said.get("reward", reward)
+            return torch.tensor(said["scores"], dtype=torch.float32)
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{url} is no reward server: it answered {answer.text[:100]!r}") from None
 
     return remote
@@ -114,8 +129,8 @@ def _detail(answer) -> str:
         return f"status {answer.status_code}, {answer.text[:100]!r}"
 
 
-def _cause(error: BaseException) -> str:
+def _cause(error: BaseException) -> BaseException:
     """The innermost error, such as "[Errno 111] Connection refused"; requests and urllib3 wrap it in three of their own."""
     while error.__context__ is not None:
         error = error.__context__
-    return f"{type(error).__name__}: {error}"
+    return error

@@ -16,6 +16,8 @@ KNOWN = {
     **dict.fromkeys(("shapes", "shapes_strict", "aesthetic", "visual", "clip", "hpsv2", "pickscore"), CIRCLE),
     "ocr": SIGN,
 }
+SMALL = ("shapes", "shapes_strict", "aesthetic", "motion", "visual")  # take nothing but 32 x 32
+UNCHECKED = {"fidelity", "http"}  # by `preflight_alone`: more than a prompt is needed, or another server, which checks itself
 
 
 def preflight(rewards: dict[str, Reward], media: torch.Tensor, row: dict) -> None:
@@ -33,19 +35,52 @@ def preflight(rewards: dict[str, Reward], media: torch.Tensor, row: dict) -> Non
         if not torch.allclose(first, again, rtol=1e-3, atol=1e-4):
             raise UserError(f"preflight: reward {name!r} gave {first.tolist()} and then {again.tolist()} for the same samples")
         told = ""
-        kind = name if name in KNOWN else name.rpartition(".")[0]  # it may have a label
+        plain = inspect.unwrap(reward)  # without a threshold, below which all are equal
+        served = getattr(plain, "served", "")  # of `http`: which of a server's rewards it was
+        kind = kind_of(served or name)
         if kind in KNOWN:
-            plain = inspect.unwrap(reward)  # without a threshold, below which all are equal
             pair = torch.stack([drawing(KNOWN[kind], media), noise(media)])
             drawn, random = score({name: plain}, pair, [{"prompt": KNOWN[kind]}] * 2)[name].tolist()
-            if not drawn > random:
+            if drawn < random or (drawn == random and not served):  # the server may have a threshold
                 raise UserError(
                     f"preflight: reward {name!r} gives a drawing of {KNOWN[kind]!r} {drawn:.4g} and noise {random:.4g}: its weights, "
                     "or what is done to pictures before, are wrong"
                 )
             told = f"; {drawn:.4g} for a drawing of {KNOWN[kind]!r}, {random:.4g} for noise"
         if launch_rank() == 0:
-            print(f"preflight: {name}: {seconds:.3f} s a sample, {peak_memory_gib() - memory:+.1f} GiB{told}")
+            print(f"preflight: {name}: {seconds:.3f} s a sample, {peak_memory_gib() - memory:+.1f} GiB{told}", flush=True)
+
+
+def preflight_alone(rewards: dict[str, Reward], device: torch.device) -> None:
+    """`preflight` where no run says what is scored: on a plain picture of 256 x 256 or, for a reward that fails on it, a clip of 9 frames.
+
+    Raises UserError as `preflight` does. Rewards in UNCHECKED are left out.
+    """
+    for name, reward in rewards.items():
+        kind = kind_of(name)
+        if kind in UNCHECKED:
+            print(f"preflight: {name}: not checked before it is asked", flush=True)
+            continue
+        side = 32 if kind in SMALL else 256
+        picture, clip = torch.zeros(1, 3, side, side, device=device), torch.zeros(1, 3, 9, side, side, device=device)
+        tries = [(picture, {"prompt": KNOWN.get(kind, CIRCLE)}), (clip, {"prompt": f"{CIRCLE} moving right"})]
+        errors = []
+        for media, row in tries:
+            try:
+                score({name: reward}, media, [row])
+            except UserError as error:
+                errors.append(str(error))
+            else:
+                preflight({name: reward}, media, row)
+                break
+        else:
+            hint = "a reward that takes neither has to be entered in fastvideo.rewards.preflight.UNCHECKED"
+            raise UserError(f"preflight, on a picture and a clip of {side} x {side}: {'; and '.join(errors)}; {hint}")
+
+
+def kind_of(name: str) -> str:
+    """The name of a reward that has one in KNOWN or elsewhere, without a label."""
+    return name if name in {*KNOWN, *SMALL, *UNCHECKED} else name.rpartition(".")[0]
 
 
 def drawing(prompt: str, like: torch.Tensor) -> torch.Tensor:

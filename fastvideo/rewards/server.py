@@ -3,6 +3,7 @@
     python -m fastvideo.rewards.server --rewards clip=models/clip-vit-large-patch14
 
 POST /score?reward=NAME takes a safetensors file (`fastvideo.rewards.wire.pack`), or one sample for &prompt=TEXT as image/png or video/mp4.
+Its answer is {"scores": [...], "reward": NAME}.
 GET /health says whether it takes batches, which rewards it has, and how many requests are in it.
 SIGTERM: batches that were accepted are answered, others get 503, then it exits with 0.
 """
@@ -15,7 +16,6 @@ import json
 import os
 import signal
 import socket
-from collections import OrderedDict
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +30,12 @@ from starlette.requests import ClientDisconnect
 from fastvideo import distributed
 from fastvideo.distributed import UserError
 from fastvideo.flags import check_numbers
-from fastvideo.rewards import Reward, load_rewards, parse_rewards, score
-from fastvideo.rewards.wire import confine_images, unpack
+from fastvideo.rewards import load_rewards, parse_rewards
+from fastvideo.rewards.preflight import preflight_alone
+from fastvideo.rewards.scorer import Scorer
+from fastvideo.rewards.wire import KINDS, SAFETENSORS, confine_images, unpack
 
 UPLOAD_SECONDS = 120  # for one body; it holds a place in the queue
-KEPT_ANSWERS = 4096  # for clients that lost theirs and ask again
 
 
 @dataclass
@@ -50,82 +51,24 @@ class Args:
     max_queue: int = 64
     """Requests uploading, waiting and being scored; more get status 503."""
     max_megabytes: float = 256
-    """Largest body of a request, and largest picture or clip unpacked to 8 bits. Requests wait as float32, four times as large."""
+    """Largest body of a request, and largest picture or clip unpacked to 8 bits."""
+    max_queue_megabytes: float = 2048
+    """Media of all requests in the server, as they were sent (PNG and mp4 in 8 bits); more get status 503."""
     images: Path | None = None
     """Folder, shared with the trainers, within which an "image" of a prompt's row may be opened; without it rows lose theirs."""
 
     def __post_init__(self) -> None:
         parse_rewards(self.rewards)
-        check_numbers(vars(self), {"above 0": "max_batch max_queue max_megabytes", "0 or more": "port"})
-
-
-@dataclass(eq=False)
-class Job:
-    """One request: which reward, of what, and the scores to come."""
-
-    reward: str
-    media: torch.Tensor
-    rows: list[dict]
-    answer: asyncio.Future
-
-
-class Scorer:
-    """Scores jobs one call after the other, oldest first, with all that wait, are alike and fit; remembers answers by key.
-
-    accepted: requests in the server. draining: no more are accepted.
-    """
-
-    def __init__(self, rewards: dict[str, Reward], device: torch.device, max_batch: int) -> None:
-        self.rewards, self.device, self.max_batch = rewards, device, max_batch
-        self.accepted, self.draining = 0, False
-        self.waiting: list[Job] = []
-        self.answers: OrderedDict[bytes, asyncio.Future] = OrderedDict()
-        self.arrived = asyncio.Event()
-
-    def submit(self, key: bytes, reward: str, media: torch.Tensor, rows: list[dict]) -> asyncio.Future:
-        """The scores to come, a list of B numbers or UserError; those of the same key if they are known or on their way."""
-        if key not in self.answers:
-            self.answers[key] = asyncio.get_running_loop().create_future()
-            self.answers[key].add_done_callback(lambda answer: answer.exception() and self.answers.pop(key, None))  # failures are not kept
-            self.waiting.append(Job(reward, media, rows, self.answers[key]))
-            self.arrived.set()
-        self.answers.move_to_end(key)
-        if len(self.answers) > KEPT_ANSWERS + self.accepted:
-            self.answers.popitem(last=False)
-        return self.answers[key]
-
-    async def run(self) -> None:
-        while True:
-            await self.arrived.wait()
-            jobs, first = [], self.waiting[0]
-            for job in self.waiting:
-                alike = job.reward == first.reward and job.media.shape[1:] == first.media.shape[1:]
-                if alike and sum(len(taken.rows) for taken in jobs) + len(job.rows) <= self.max_batch:
-                    jobs.append(job)
-            self.waiting = [job for job in self.waiting if job not in jobs]
-            if not self.waiting:
-                self.arrived.clear()
-            for job, result in zip(jobs, await asyncio.to_thread(self.score, jobs)):
-                if isinstance(result, UserError):
-                    job.answer.set_exception(result)
-                else:
-                    job.answer.set_result(result)
-
-    def score(self, jobs: list[Job]) -> list[list[float] | UserError]:
-        """The scores of each job, or why there are none."""
-        name = jobs[0].reward
-        try:
-            media = torch.cat([job.media for job in jobs]).to(self.device)
-            values = score({name: self.rewards[name]}, media, [row for job in jobs for row in job.rows])[name]
-        except Exception as error:
-            if len(jobs) == 1:
-                return [error if isinstance(error, UserError) else UserError(f"{type(error).__name__}: {error}")]
-            return [result for job in jobs for result in self.score([job])]  # one job's fault is not the others'
-        return [part.tolist() for part in values.split([len(job.rows) for job in jobs])]
+        check_numbers(vars(self), {"above 0": "max_batch max_queue max_megabytes max_queue_megabytes", "0 or more": "port"})
+        if self.max_queue_megabytes < self.max_megabytes:
+            raise UserError(
+                f"--max_queue_megabytes {self.max_queue_megabytes:g} is less than one request's --max_megabytes {self.max_megabytes:g}"
+            )
 
 
 def make_app(scorer: Scorer, args: Args, token: str) -> FastAPI:
     """The web application. Refusals are {"detail": SENTENCE} with a status of 400 or more."""
+    max_bytes = args.max_megabytes * 2**20
 
     @asynccontextmanager
     async def lifespan(app: FastAPI):
@@ -146,34 +89,45 @@ def make_app(scorer: Scorer, args: Args, token: str) -> FastAPI:
         return JSONResponse(state, 503 if scorer.draining else 200)
 
     @app.post("/score")
-    async def post_score(request: Request, reward: str | None = None, prompt: str | None = None) -> dict[str, list[float]]:
+    async def post_score(request: Request, reward: str | None = None, prompt: str | None = None) -> dict[str, list[float] | str]:
         if reward is None and len(scorer.rewards) == 1:
             reward = next(iter(scorer.rewards))
         if reward not in scorer.rewards:
             raise HTTPException(404, f"there is no reward {reward!r} here, only {', '.join(scorer.rewards)}: choose one by reward=NAME")
-        if scorer.draining or scorer.accepted >= args.max_queue:
-            why = "the server is about to end" if scorer.draining else f"{scorer.accepted} requests are waiting, as many as --max_queue"
+        kind = request.headers.get("content-type", SAFETENSORS).partition(";")[0].strip().lower()
+        if kind not in KINDS:
+            raise HTTPException(415, f"a body of type {kind!r} can't be read here, only {', '.join(KINDS)}: send its Content-Type")
+        sent = request.headers.get("content-length") if kind == SAFETENSORS else None  # PNG and mp4 may become as large as is allowed
+        room = max_bytes if sent is None else min(int(sent), max_bytes)
+        why = "the server is about to end" if scorer.draining else scorer.full(room)
+        if why:
             raise HTTPException(503, why, {"Retry-After": "1"})
         scorer.accepted += 1
         try:
-            body, kind = await read_body(request, args.max_megabytes), request.headers.get("content-type", "")
-            key, media, rows = await asyncio.to_thread(prepare, body, kind, reward, prompt)
-            del body  # the scores may take long; others may wait for the same ones, hence the shield
-            return {"scores": await asyncio.shield(scorer.submit(key, reward, media, rows))}
+            # The scores may take long, and others may wait for the same ones, hence the shield.
+            return {"scores": await asyncio.shield(await accept(request, kind, reward, prompt, room)), "reward": reward}
         except (ValueError, UserError) as error:
             raise HTTPException(422, str(error)) from error
         finally:
             scorer.accepted -= 1
 
-    def prepare(body: bytes, kind: str, reward: str, prompt: str | None) -> tuple[bytes, torch.Tensor, list[dict]]:
-        media, rows = unpack(body, kind, prompt, args.max_megabytes * 2**20)
+    async def accept(request: Request, kind: str, reward: str, prompt: str | None, room: float) -> asyncio.Future:
+        """The scores to come; `room` is taken while the request is read. What was read is the job's alone."""
+        scorer.held += room
+        try:
+            body = await read_body(request, args.max_megabytes)
+            return scorer.submit(reward, *await asyncio.to_thread(prepare, body, kind, prompt))
+        finally:
+            scorer.held -= room
+
+    def prepare(body: bytes, kind: str, prompt: str | None) -> tuple[bytes, torch.Tensor, list[dict]]:
+        media, rows = unpack(body, kind, prompt, max_bytes)
         if len(rows) > args.max_batch:
             raise ValueError(f"the batch has {len(rows)} samples, but the server's --max_batch is {args.max_batch}")
         confine_images(rows, args.images)
-        head = json.dumps([reward, kind, prompt]).encode()
-        key = hashlib.blake2b(head)  # JSON says itself where it ends
-        key.update(body)
-        return key.digest(), media, rows
+        content = hashlib.blake2b(json.dumps([kind, prompt]).encode())  # JSON says itself where it ends
+        content.update(body)
+        return content.digest(), media, rows
 
     return app
 
@@ -216,7 +170,7 @@ class Server(uvicorn.Server):
 
 def main() -> None:
     args = tyro.cli(Args, use_underscores=True, description=__doc__.splitlines()[0])
-    token = os.environ.get("REWARD_TOKEN", "")
+    token = os.environ.get("REWARD_TOKEN", "").strip()
     if not token and not is_loopback(args.host):
         raise UserError(f"--host {args.host} can be reached from elsewhere: set REWARD_TOKEN in the environment of server and trainers")
     family = socket.AF_INET6 if ":" in args.host else socket.AF_INET
@@ -227,7 +181,9 @@ def main() -> None:
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {args.host} --port {args.port} can't be listened at: {error}") from error
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    scorer = Scorer(load_rewards(parse_rewards(args.rewards), device), device, args.max_batch)
+    rewards = load_rewards(parse_rewards(args.rewards), device)
+    preflight_alone(rewards, device)
+    scorer = Scorer(rewards, device, args.max_batch, args.max_queue, args.max_queue_megabytes)
     config = uvicorn.Config(make_app(scorer, args, token), http="h11", ws="none", log_level="warning", access_log=False)
     print(f"scoring {', '.join(scorer.rewards)} on {device} at http://{args.host}:{listener.getsockname()[1]}", flush=True)
     Server(config, scorer).run([listener])
