@@ -9,4 +9,4 @@ cd "$repository"
 ruff check .
 ruff format --check .
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # the tests start several processes themselves
-exec pytest "$@"
+exec pytest --numprocesses logical --maxprocesses 4 --dist loadfile "$@" # a file stays together: its tests share what is slow to make
