@@ -105,6 +105,32 @@ def test_broken_folders_are_errors_that_name_the_folder(tmp_path, name, damage):
     with pytest.raises(UserError) as error:
         load_clip(str(folder), CPU)
     assert str(folder) in str(error.value)
+    if damage == "missing" and name in ("config.json", "tokenizer.json"):  # of which transformers would make its own
+        assert f"has no {name}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_mean": None}, "KeyError: 'image_mean'"),
+        ({"image_mean": [0.5, 0.5]}, "RuntimeError"),
+        ({"image_std": 0}, "or not finite"),
+        ({"image_std": "large"}, "can't be followed"),
+        ({"resample": 1}, "KeyError: 1"),
+        ({"size": {"longest_edge": 32}}, "KeyError: 'height'"),
+        ({"size": "32"}, "can't be followed"),
+        ({"crop_size": 40}, "pictures become 40 x 40, or not finite, for a network of 32 x 32"),
+        ({"do_center_crop": False}, "pictures become 32 x 48"),
+    ],
+    ids=str,
+)
+def test_preprocessing_that_cannot_be_followed_is_an_error_at_load(tmp_path, change, message):
+    shutil.copytree(CLIP_FOLDER, tmp_path / "clip")
+    path = tmp_path / "clip" / "preprocessor_config.json"
+    config = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+    with pytest.raises(UserError, match=rf"clip={tmp_path}/clip: preprocessor_config\.json .*{message}"):
+        load_clip(str(tmp_path / "clip"), CPU)
 
 
 @pytest.mark.parametrize(

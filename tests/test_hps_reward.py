@@ -164,6 +164,8 @@ def test_clips_are_refused(hps):
 def test_wrong_hps_files(tmp_path, hps_file, dfn_folder):
     with pytest.raises(UserError, match=r"hpsv2=HPS_v2\.1_compressed\.pt"):
         load_hpsv2(None, CPU)
+    with pytest.raises(UserError, match=rf"hpsv2={tmp_path}: that is a folder; name the file in it, such as HPS_v2\.1_compressed\.pt"):
+        load_hpsv2(str(tmp_path), CPU)
     with pytest.raises(UserError, match=r"hpsv2=no/such\.pt: there is no such file"):
         load_hpsv2("no/such.pt", CPU)
     with pytest.raises(UserError, match=r'open_clip_pytorch_model\.bin has no "state_dict"'):
@@ -221,6 +223,8 @@ def test_incomplete_hps_files(key, change, message, tmp_path):
         ({"vision_cfg": golden.DFN["vision_cfg"] | {"image_size": 84}}, r"visual.positional_embedding has shape \(26, 64\)"),
         ({"vision_cfg": golden.DFN["vision_cfg"] | {"layers": 1}}, r"visual.transformer.resblocks.1.* has no place in it"),
         ({"text_cfg": None}, "needs its open_clip_config.json"),
+        ({"vision_cfg": golden.DFN["vision_cfg"] | {"image_size": [70, 84]}}, "its settings are of no vision transformer"),
+        ({"text_cfg": golden.DFN["text_cfg"] | {"context_length": "77"}}, "its settings are of no vision transformer"),
     ],
 )
 def test_open_clip_configurations_that_do_not_fit(change, message, tmp_path, dfn_folder):
@@ -229,6 +233,27 @@ def test_open_clip_configurations_that_do_not_fit(change, message, tmp_path, dfn
     with pytest.raises(UserError, match=message) as error:
         load_clip(str(tmp_path), CPU)
     assert re.search(rf"clip={tmp_path}\S*open_clip_pytorch_model.bin", str(error.value))
+
+
+def test_open_clip_configurations_in_other_words(tmp_path, dfn_folder):
+    """null for no settings, two equal sides for one, one mean for three channels, a fill colour of three channels for one."""
+    (tmp_path / "open_clip_pytorch_model.bin").hardlink_to(dfn_folder / "open_clip_pytorch_model.bin")
+
+    def scores(preprocessing: dict | None, image_size: int | list[int] = 70) -> torch.Tensor:
+        network = golden.DFN | {"vision_cfg": golden.DFN["vision_cfg"] | {"image_size": image_size}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": network, "preprocess_cfg": preprocessing}))
+        return load_clip(str(tmp_path), CPU)(media(128, 96), rows(golden.PROMPTS[:1]))
+
+    longest = golden.PREPROCESSING["longest"]
+    assert torch.equal(scores(None), scores({}, [70, 70]))
+    assert torch.equal(scores({"mean": 0.5, "std": [0.2, 0.2, 0.2]}), scores({"mean": [0.5, 0.5, 0.5], "std": 0.2}))
+    assert torch.equal(scores(longest | {"fill_color": [100, 100, 100]}), scores(longest))
+    assert not torch.equal(scores(longest | {"fill_color": [100, 100, 200]}), scores(longest))
+    for wrong in ({"fill_color": [100, 100]}, {"mean": "grey"}, {"std": [1, 1, 0]}):
+        with pytest.raises(UserError, match=r"preprocess_cfg in open_clip_config\.json can't be followed"):
+            scores(longest | wrong)
+    with pytest.raises(UserError, match=r"needs its open_clip_config\.json beside it"):
+        scores("none")
 
 
 def test_open_clip_files_need_their_configuration(tmp_path, dfn_folder):

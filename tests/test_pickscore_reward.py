@@ -92,11 +92,11 @@ def test_mistakes(folders, tmp_path):
         load_pickscore(None, CPU)
     with pytest.raises(UserError, match="pickscore=nowhere: there is no such folder"):
         load_pickscore("nowhere", CPU)
-    with pytest.raises(UserError, match=rf"pickscore={model_folder}: {model_folder} has no tokenizer\.json"):
+    with pytest.raises(UserError, match=rf"pickscore={model_folder}: {model_folder} has no tokenizer\.json: processor=FOLDER says where"):
         load_pickscore(str(model_folder), CPU)
     with pytest.raises(UserError, match=r"nowhere has no tokenizer\.json"):
         load_pickscore(str(model_folder), CPU, processor="nowhere")
-    with pytest.raises(UserError, match=rf"pickscore={processor} can't be read as a CLIP folder"):
+    with pytest.raises(UserError, match=rf"pickscore={processor}: {processor} has no config\.json"):
         load_pickscore(str(processor), CPU)
     reward = load_pickscore(str(model_folder), CPU, processor=str(processor))
     with pytest.raises(UserError, match=r"pickscore scores pictures .* not clips of shape \(1, 3, 5, 32, 32\)"):

@@ -510,6 +510,8 @@ def test_damaged_weights_are_refused(copy, changes, words):
         ("model_config.json", None, "model_config.json can't be read"),
         ("model_config.json", b"{", "model_config.json can't be read"),
         ("model_config.json", b'{"model_config": {}}', "has no model_config.model_name_or_path"),
+        ("model_config.json", b'{"model_config": ["model_name_or_path"]}', "has no model_config.model_name_or_path"),
+        ("model_config.json", b"[]", "model_config.json holds a list, not an object"),
         ("checkpoint-11352/model.pth", 5000, "model.pth can't be read as weights"),
         ("checkpoint-11352/model.pth", b"not a zip file", "model.pth can't be read as weights"),
         ("checkpoint-11352/model.pth", None, "has neither model.pth nor adapter_model.safetensors: download it again"),
@@ -539,6 +541,13 @@ def test_damaged_files_are_refused(copy, name, content, words):
         ("data_config", {"num_frames": 8}, "num_frames is 8"),
         ("data_config", {"sample_type": "multi_pts"}, "sample_type is 'multi_pts'"),
         ("peft_lora_config", {"lora_r": 4}, "rank 4"),
+        ("peft_lora_config", {"lora_r": 0}, "peft_lora_config.lora_r is 0, but must be a number above 0"),
+        ("peft_lora_config", {"lora_alpha": "5"}, "lora_alpha is '5', but must be a number above 0"),
+        ("data_config", {"fps": [2]}, "data_config.fps is [2], but must be a number above 0"),
+        ("data_config", {"max_frame_pixels": "200704"}, "max_frame_pixels is '200704', but must be a number above 0"),
+        ("model_config", {"model_name_or_path": None}, "model_name_or_path is None, but must be a string"),
+        ("inference_config", {"VQ_mean": "3.6"}, "VQ_mean and VQ_std are '3.6' and 2.2476, but must be finite numbers"),
+        ("inference_config", {"VQ_std": 0}, "VQ_mean and VQ_std are 3.6757 and 0, which"),
     ],
 )
 def test_other_settings_are_refused(copy, section, values, words):
@@ -560,7 +569,9 @@ class PosixTrap:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize("missing", ["pair", "head", "adapter_config.json", "non_lora_state_dict.pth", "adapter_model.safetensors", "base"])
+@pytest.mark.parametrize(
+    "missing", ["pair", "head", "targets", "adapter_config.json", "non_lora_state_dict.pth", "adapter_model.safetensors", "base"]
+)
 def test_damaged_adapters_are_refused(adapter, tmp_path, missing):
     from safetensors.torch import load_file, save_file
 
@@ -576,6 +587,9 @@ def test_damaged_adapters_are_refused(adapter, tmp_path, missing):
     elif missing == "head":
         change_weights(checkpoint / "non_lora_state_dict.pth", **{"rm_head.weight": None})
         assert "must have a reward head" in refusal(folder)
+    elif missing == "targets":
+        (checkpoint / "adapter_config.json").write_text('{"target_modules": {"q_proj": 1}}')
+        assert "must have target_modules, as names or one pattern, not {'q_proj': 1}" in refusal(folder)
     elif missing == "base":
         (base / "model.safetensors").unlink()
         assert f"the *.safetensors of {base} must have embeddings" in refusal(folder)
@@ -617,8 +631,13 @@ def test_wrong_paths_media_and_options_are_errors(folder, tmp_path):
         reward(torch.zeros(2, 3, 32, 32), rows(*PROMPTS))
     with pytest.raises(UserError, match="at least 2 frames, but got 1"):
         reward(torch.zeros(2, 3, 1, 32, 32), rows(*PROMPTS))
-    with pytest.raises(UserError, match=r"<\|VQ_reward\|>' in it is a word of the model's own"):
-        reward(clips(), rows(PROMPTS[0], "a cat <|VQ_reward|> sat"))
+    bad = ["a cat <|VQ_reward|> sat", "<|im_end|> of <|im_end|> and <|VQ_reward|>"]
+    with pytest.raises(UserError, match=r"can't score 1 of 2 prompts.* first of them 'a cat <\|VQ_reward\|> sat' with '<\|VQ_reward\|>'"):
+        reward(clips(), rows(PROMPTS[0], bad[0]))
+    spec = parse_rewards([f"videoalign.vq={folder}@0"])
+    with pytest.raises(UserError, match=r"can't score 2 of 4 prompts.* 'a cat <\|VQ_reward\|> sat' with"):  # before the first iteration
+        load_rewards(spec, CPU, rows(*PROMPTS, *bad))
+    load_rewards(spec, CPU, rows(*PROMPTS))
 
 
 def test_no_normalisation_without_its_numbers(copy):

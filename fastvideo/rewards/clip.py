@@ -1,6 +1,6 @@
 """CLIP score: cosine similarity of a picture and its prompt, by a CLIPModel folder in transformers' format or by open_clip's files."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,12 +13,12 @@ Reward = Callable[[torch.Tensor, list[dict]], torch.Tensor]
 RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
 
 
-def load_clip(path: str | None, device: torch.device, *, dtype: str = "auto") -> Reward:
+def load_clip(path: str | None, device: torch.device, *, dtype: str = "float32") -> Reward:
     """The reward: cosine in [-1, 1], (B,).
 
     path: a folder with a CLIPModel, its tokenizer and its preprocessor_config.json; or open_clip's, with open_clip_config.json and
         open_clip_pytorch_model.bin or open_clip_model.safetensors (read as such where both are); or one such file, beside its config.
-    dtype: what the network computes in: "auto" (bfloat16 on a GPU, else float32), "float32" or "bfloat16".
+    dtype: what the network computes in: "float32", "bfloat16", or "auto", which is bfloat16 on a GPU.
     """
     from fastvideo.rewards.open_clip import find_weights, load_open_clip
 
@@ -55,14 +55,17 @@ def cosine_reward(
 def load_clip_folder(name: str, path: str, processor: str | None = None) -> tuple[torch.nn.Module, Callable, Callable]:
     """Model (float32, on the CPU), tokenize and prepare, as `cosine_reward` takes them, of a folder in transformers' format.
 
-    processor: the folder of the tokenizer and of preprocessor_config.json, if that is another.
+    processor: the folder of the tokenizer and of preprocessor_config.json, "" for `path`; None if the user cannot say.
     """
     given = f"--rewards: {name}={path}"
     if not Path(path).is_dir():
         raise UserError(f"{given}: there is no such folder")
+    hint = "" if processor is None else ": processor=FOLDER says where the tokenizer is"
     processor = processor or path
+    if not (Path(path) / "config.json").is_file():  # transformers would take some CLIP's for it
+        raise UserError(f"{given}: {path} has no config.json")
     if not any((Path(processor) / file).is_file() for file in ("tokenizer.json", "vocab.json")):  # transformers would make an empty one
-        raise UserError(f"{given}: {processor} has no tokenizer.json")
+        raise UserError(f"{given}: {processor} has no tokenizer.json{hint}")
     from transformers import AutoTokenizer, CLIPModel
     from transformers.image_processing_base import ImageProcessingMixin
 
@@ -82,7 +85,22 @@ def load_clip_folder(name: str, path: str, processor: str | None = None) -> tupl
     def tokenize(prompts: list[str]) -> dict[str, torch.Tensor]:
         return tokenizer(prompts, padding="max_length", max_length=text.max_position_embeddings, truncation=True, return_tensors="pt")
 
-    return model, tokenize, lambda media: preprocess(media, config)
+    def prepare(media: torch.Tensor) -> torch.Tensor:
+        return preprocess(media, config)
+
+    check_prepare(f"{given}: preprocessor_config.json in {processor}", prepare, model)
+    return model, tokenize, prepare
+
+
+def check_prepare(where: str, prepare: Callable, model: torch.nn.Module) -> None:
+    """Raise UserError, which begins with `where` the settings are, unless `prepare` makes of a picture what the CLIPModel takes."""
+    size = model.config.vision_config.image_size
+    try:
+        pixels = prepare(torch.zeros(1, 3, 40, 60))
+        if pixels.shape[1:] != (3, size, size) or not pixels.isfinite().all():
+            raise ValueError(f"pictures become {' x '.join(map(str, pixels.shape[2:]))}, or not finite, for a network of {size} x {size}")
+    except Exception as error:  # of wrong values come all sorts
+        raise UserError(f"{where} can't be followed: {type(error).__name__}: {error}") from error
 
 
 def preprocess(images: torch.Tensor, config: dict) -> torch.Tensor:
@@ -143,6 +161,7 @@ def _center_crop(images: torch.Tensor, size: dict | int) -> torch.Tensor:
     return F.pad(images, (-left, left - width + crop_width, -top, top - height + crop_height))
 
 
-def normalise(images: torch.Tensor, mean: list[float], std: list[float]) -> torch.Tensor:
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in (mean, std))
+def normalise(images: torch.Tensor, mean: Sequence[float] | float, std: Sequence[float] | float) -> torch.Tensor:
+    """(B, 3, H, W), by a number for each channel, or one for all."""
+    mean, std = (torch.tensor(values, device=images.device).reshape(-1, 1, 1) for values in (mean, std))
     return (images - mean) / std

@@ -13,7 +13,7 @@ from fastvideo.rewards.clip import Reward, cosine_reward, normalise, saved
 from fastvideo.rewards.open_clip import MEAN, STD, build_clip, load_tokenizer, pad, read_checkpoint
 
 
-def load_hpsv2(path: str | None, device: torch.device, *, dtype: str = "auto") -> Reward:
+def load_hpsv2(path: str | None, device: torch.device, *, dtype: str = "float32") -> Reward:
     """The reward: cosine in [-1, 1], (B,); about 0.2 to 0.4 of real pictures.
 
     path: HPS_v2_compressed.pt or HPS_v2.1_compressed.pt. dtype: as of `load_clip`.
@@ -21,7 +21,8 @@ def load_hpsv2(path: str | None, device: torch.device, *, dtype: str = "auto") -
     if path is None:
         raise UserError("--rewards: hpsv2 needs its checkpoint, written as hpsv2=HPS_v2.1_compressed.pt")
     if not Path(path).is_file():
-        raise UserError(f"--rewards: hpsv2={path}: there is no such file")
+        what = "that is a folder; name the file in it, such as HPS_v2.1_compressed.pt" if Path(path).is_dir() else "there is no such file"
+        raise UserError(f"--rewards: hpsv2={path}: {what}")
     weights = read_checkpoint("hpsv2", Path(path)).get("state_dict")
     if not isinstance(weights, dict):
         raise UserError(f'--rewards: hpsv2={path} has no "state_dict", as HPS_v2.1_compressed.pt has: it is another kind of checkpoint')

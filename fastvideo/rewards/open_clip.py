@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvideo.distributed import UserError
-from fastvideo.rewards.clip import normalise, resize, saved, shortest_edge
+from fastvideo.rewards.clip import check_prepare, normalise, resize, saved, shortest_edge
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -54,8 +54,11 @@ def load_open_clip(name: str, file: Path) -> tuple[torch.nn.Module, Callable, Ca
     """Model, tokenize and prepare, as `fastvideo.rewards.clip.cosine_reward` takes them, of weights beside an open_clip_config.json."""
     try:
         config = json.loads(file.with_name(CONFIG).read_text())
-        network, preprocessing = config["model_cfg"], config.get("preprocess_cfg", {})
+        network, preprocessing = config["model_cfg"], config.get("preprocess_cfg") or {}
         image_size = network["vision_cfg"]["image_size"]
+        if isinstance(image_size, list) and len(set(image_size)) == 1:
+            image_size = network["vision_cfg"]["image_size"] = image_size[0]
+        interpolation, resize_mode = preprocessing.get("interpolation") or "bicubic", preprocessing.get("resize_mode") or "shortest"
         unknown = [
             key
             for section, known in ((network, NETWORK), (network["vision_cfg"], VISION), (network["text_cfg"], TEXT))
@@ -66,13 +69,17 @@ def load_open_clip(name: str, file: Path) -> tuple[torch.nn.Module, Callable, Ca
         raise UserError(f"--rewards: {name}={file} needs its {CONFIG} beside it: {type(error).__name__}: {error}") from error
     if unknown:
         raise UserError(f"--rewards: {name}={file}: {CONFIG} has {unknown[0]!r}, which transformers' CLIPModel can't do")
-    interpolation, resize_mode = preprocessing.get("interpolation") or "bicubic", preprocessing.get("resize_mode") or "shortest"
     if interpolation not in ("bicubic", "bilinear") or resize_mode not in ("shortest", "longest", "squash"):
         raise UserError(f"--rewards: {name}={file}: {CONFIG} has {interpolation=}, {resize_mode=}, which is not known here")
     weights = read_checkpoint(name, file)
     model = build_clip(name, file, weights.get("state_dict", weights), network)
     length = network["text_cfg"].get("context_length", 77)
-    return model, load_tokenizer(length), lambda media: preprocess(media, image_size, preprocessing)
+
+    def prepare(media: torch.Tensor) -> torch.Tensor:
+        return preprocess(media, image_size, preprocessing)
+
+    check_prepare(f"--rewards: {name}={file}: preprocess_cfg in {CONFIG}", prepare, model)
+    return model, load_tokenizer(length), prepare
 
 
 def read_checkpoint(name: str, file: Path) -> dict[str, Any]:
@@ -191,7 +198,8 @@ def preprocess(images: torch.Tensor, size: int, config: dict) -> torch.Tensor:
     elif how == "longest":
         ratio = max(images.shape[2:]) / size
         images = resize(images, tuple(round(edge / ratio) for edge in images.shape[2:]), mode)
-        images = pad(images, size, config.get("fill_color") or 0)
+        fill = torch.tensor(config.get("fill_color") or 0, device=images.device).reshape(-1, 1, 1)  # one for all channels, or three
+        images = pad(images - fill, size) + fill
     else:
         images = resize(images, shortest_edge(images, size), mode)
         top, left = (round((edge - size) / 2) for edge in images.shape[2:])
@@ -199,7 +207,7 @@ def preprocess(images: torch.Tensor, size: int, config: dict) -> torch.Tensor:
     return normalise(images / 255, config.get("mean") or MEAN, config.get("std") or STD)
 
 
-def pad(images: torch.Tensor, size: int, value: float = 0.0) -> torch.Tensor:
-    """(B, 3, h, w) -> (B, 3, size, size), with `value` around the images; an odd row or column goes to the end."""
+def pad(images: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, 3, h, w) -> (B, 3, size, size), with zeros around the images; an odd row or column goes to the end."""
     height, width = (size - edge for edge in images.shape[2:])
-    return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2), value=value)
+    return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))

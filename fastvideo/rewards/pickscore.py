@@ -6,7 +6,7 @@ from fastvideo.distributed import UserError
 from fastvideo.rewards.clip import Reward, cosine_reward, load_clip_folder
 
 
-def load_pickscore(path: str | None, device: torch.device, *, processor: str = "", dtype: str = "auto") -> Reward:
+def load_pickscore(path: str | None, device: torch.device, *, processor: str = "", dtype: str = "float32") -> Reward:
     """The reward: the cosine times the model's learnt scale (100), as its authors give it, (B,); about 15 to 25 of real pictures.
 
     path: the folder of yuvalkirstain/PickScore_v1. processor: the folder of laion/CLIP-ViT-H-14-laion2B-s32B-b79K, where that has no
@@ -14,6 +14,6 @@ def load_pickscore(path: str | None, device: torch.device, *, processor: str = "
     """
     if path is None:
         raise UserError("--rewards: pickscore needs a folder, written as pickscore=FOLDER")
-    model, tokenize, prepare = load_clip_folder("pickscore", path, processor or None)
+    model, tokenize, prepare = load_clip_folder("pickscore", path, processor)
     scale = model.logit_scale.exp().item()  # before bfloat16 makes 100 to 99 or 102
     return cosine_reward("pickscore", model, tokenize, prepare, device, dtype, scale)

@@ -7,7 +7,7 @@ own. One loaded model and one forward pass a batch serve all three rewards.
 import json
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -78,6 +78,7 @@ def _loader(head: str) -> Callable:
                 keep_clips(Path(save_videos), name, media, rows, ratings, clip_fps)
             return ratings
 
+        reward.check_rows = model.check_rows
         return reward
 
     return load
@@ -112,12 +113,16 @@ class VideoAlign:
         self._left: dict[str, torch.Tensor] = {}
 
     def mean_and_std(self, head: str) -> tuple[float, float]:
-        known = self.settings.get("inference_config") or {}
-        if f"{head}_mean" not in known or f"{head}_std" not in known:
+        known = self.settings.get("inference_config")
+        mean, std = (known.get(f"{head}_{name}") if isinstance(known, dict) else None for name in ("mean", "std"))
+        path = self.folder / "model_config.json"
+        if mean is None or std is None:
+            raise UserError(f"--rewards: {path} has no inference_config with {head}_mean and {head}_std: add norm=0")
+        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in (mean, std)) or std <= 0:
             raise UserError(
-                f"--rewards: {self.folder / 'model_config.json'} has no inference_config with {head}_mean and {head}_std: add norm=0"
+                f"--rewards: {path}: {head}_mean and {head}_std are {mean!r} and {std!r}, but must be finite numbers, the second above 0"
             )
-        return known[f"{head}_mean"], known[f"{head}_std"]
+        return mean, std
 
     def rating(self, head: str, media: torch.Tensor, prompts: list[str]) -> torch.Tensor:
         """One head's ratings (B,) of clips (B, 3, frames, H, W), from the forward pass that the other heads' calls share.
@@ -148,12 +153,20 @@ class VideoAlign:
         ).last_hidden_state
         return torch.stack([F.linear(hidden[tokens["input_ids"] == token].float(), self.head)[:, 0] for token in self.reward_ids], 1)
 
+    def check_rows(self, rows: Sequence[dict]) -> None:
+        """Raise UserError, with the first, if there are prompts with the model's own tokens in them."""
+        own = list(self.tokenizer.get_added_vocab())
+        found = [(row["prompt"], token) for row in rows for token in own if token in row["prompt"]]
+        if found:
+            number, (prompt, token) = len({prompt for prompt, _ in found}), found[0]
+            raise UserError(
+                f"VideoAlign can't score {number} of {len(rows)} prompts, which have words of the model's own in them, "
+                f"the first of them {prompt!r} with {token!r}"
+            )
+
     def tokenize(self, prompts: list[str], video_tokens: int) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask (B, longest), padded on the right."""
-        for prompt in prompts:
-            own = [token for token in self.tokenizer.get_added_vocab() if token in prompt]
-            if own:
-                raise UserError(f"VideoAlign can't score the prompt {prompt!r}: {own[0]!r} in it is a word of the model's own")
+        self.check_rows([{"prompt": prompt} for prompt in prompts])
         texts = [CHAT.format(video=VIDEO_TOKEN * video_tokens, request=REQUEST.format(text_prompt=prompt)) for prompt in prompts]
         return dict(self.tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(self.device))
 

@@ -21,10 +21,11 @@ from fastvideo.distributed import UserError
 
 HEADS = ("VQ", "MQ", "TA")
 REWARD_TOKENS = [f"<|{head}_reward|>" for head in HEADS]
+NUMBER = (int, float)  # above 0
 NEEDED = {  # of model_config.json
-    "model_config": ["model_name_or_path"],
-    "data_config": ["fps", "max_frame_pixels"],
-    "peft_lora_config": ["lora_r", "lora_alpha"],
+    "model_config": {"model_name_or_path": str},
+    "data_config": {"fps": NUMBER, "max_frame_pixels": NUMBER},
+    "peft_lora_config": {"lora_r": NUMBER, "lora_alpha": NUMBER},
 }
 SUPPORTED = {  # of how it was trained, what this code takes for granted
     "model_config": {"use_special_tokens": True, "output_dim": 1},
@@ -63,7 +64,12 @@ def load_checkpoint(folder: Path, base: str, device: torch.device, dtype: torch.
             raise UserError(f"--rewards: {checkpoint} has neither model.pth nor adapter_model.safetensors: download it again")
         weights = _base_weights(base, len(tokenizer)) | _read_weights(checkpoint / "non_lora_state_dict.pth")
         pairs = _read_weights(path)
-        _check_targets(pairs, _read_json(checkpoint / "adapter_config.json")["target_modules"], weights, path)
+        targets = _read_json(checkpoint / "adapter_config.json").get("target_modules")
+        if not isinstance(targets, (list, str)) or not all(isinstance(target, str) for target in targets):
+            raise UserError(
+                f"--rewards: {checkpoint / 'adapter_config.json'} must have target_modules, as names or one pattern, not {targets!r}"
+            )
+        _check_targets(pairs, targets, weights, path)
         weights |= pairs
     weights = _merge_lora(weights, settings["peft_lora_config"], dtype, path)
 
@@ -89,10 +95,14 @@ def load_checkpoint(folder: Path, base: str, device: torch.device, dtype: torch.
 
 def _read_settings(path: Path) -> dict:
     settings = _read_json(path)
-    for section, names in NEEDED.items():
-        for name in names:
-            if name not in settings.get(section, {}):
+    for section, kinds in NEEDED.items():
+        for name, kind in kinds.items():
+            part = settings.get(section)
+            if not isinstance(part, dict) or name not in part:
                 raise UserError(f"--rewards: {path} has no {section}.{name}")
+            if not isinstance(part[name], kind) or (kind is NUMBER and not 0 < part[name] < math.inf):
+                what = "a number above 0" if kind is NUMBER else "a string"
+                raise UserError(f"--rewards: {path}: {section}.{name} is {part[name]!r}, but must be {what}")
     for section, values in SUPPORTED.items():
         for name, value in values.items():
             found = settings[section].get(name, value)
@@ -115,9 +125,12 @@ def _base_folder(folder: Path, base: str, settings: dict) -> Path:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        settings = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"--rewards: {path} can't be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--rewards: {path} holds a {type(settings).__name__}, not an object")
+    return settings
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:
