@@ -1,6 +1,8 @@
 """The CLIP reward: its preprocessing, its folder, and what the embedded CLIP knows of the shapes world."""
 
+import inspect
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,7 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil
 
 from fastvideo.distributed import UserError
+from fastvideo.rewards import RewardSpec, parse_rewards, score
 from fastvideo.rewards.clip import load_clip, preprocess
+from fastvideo.rewards.hpsv2 import load_hpsv2
+from fastvideo.rewards.pickscore import load_pickscore
 from shapes.world import caption, mutate, render, sample_spec
 
 CLIP_FOLDER = Path(__file__).resolve().parent.parent / "shapes" / "models" / "clip"
@@ -156,5 +161,67 @@ def test_bfloat16_is_near_and_other_dtypes_are_errors():
     exact, low = (load_clip(str(CLIP_FOLDER), CPU, dtype=dtype)(media, rows) for dtype in ("auto", "bfloat16"))
     assert low.dtype == exact.dtype == torch.float32
     assert 0 < (low - exact).abs().max() < 0.005 and (low - exact).std() < exact.std() / 10
+    for load in (
+        load_clip,
+        load_hpsv2,
+        load_pickscore,
+    ):  # on a GPU too: bfloat16's noise is not small beside what samples of a prompt differ by
+        assert inspect.signature(load).parameters["dtype"].default == "float32"
     with pytest.raises(UserError, match="clip has dtype=half; it can be auto, float32 or bfloat16"):
         load_clip(str(CLIP_FOLDER), CPU, dtype="half")
+
+
+# ------------------------------------------------------------------------------------------------- names, and where a reward failed
+
+
+@pytest.mark.parametrize(
+    ("text", "spec"),
+    [
+        ("clip.Large_2=a/b@0.3", RewardSpec("clip.Large_2", "a/b", 0.3)),
+        ("clip=runs@2/clip", RewardSpec("clip", "runs@2/clip")),
+        ("clip=runs/clip@2/", RewardSpec("clip", "runs/clip@2/")),
+        ("clip=clip@2/@0.3", RewardSpec("clip", "clip@2/", 0.3)),
+        ("clip=a@1@-0.3", RewardSpec("clip", "a@1", -0.3)),
+        ("clip=a,b,dtype=bfloat16@1e-1", RewardSpec("clip", "a,b", 0.1, {"dtype": "bfloat16"})),
+    ],
+)
+def test_rewards_are_read(text, spec):
+    assert parse_rewards([text]) == [spec]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("clip=", "nothing stands after = in 'clip='"),
+        ("clip=@0.3", "nothing stands after ="),
+        ("clip=,dtype=float32", "nothing stands after ="),
+        ("clip.a b=a", "the label 'a b' in 'clip.a b=a' must have letters, digits and _ alone, as clip.LABEL"),
+        ("videoalign.vq.a/b=a", "the label 'a/b' .* as videoalign.vq.LABEL"),
+        ("clip.=a", "the label '' "),
+        ("clip.a.b=a", "unknown reward 'clip.a.b=a'"),
+        ("clip=models/clip@v2", "the threshold 'v2' in 'clip=models/clip@v2' is not a number"),
+    ],
+)
+def test_what_cannot_be_read(text, message):
+    with pytest.raises(UserError, match=message):
+        parse_rewards([text])
+
+
+def test_an_error_names_the_last_line_of_the_rewards_own_file(tmp_path, monkeypatch):
+    """Or of a file beside it; not that of numpy, in which it fails, nor those of torch around it."""
+    (tmp_path / "helper_of_mine.py").write_text("import numpy\n\ndef look(media):\n    numpy.linalg.inv(numpy.zeros((2, 2)))\n")
+    (tmp_path / "reward_of_mine.py").write_text(
+        "import helper_of_mine\nimport torch\n\n@torch.no_grad()\ndef function(media, rows):\n    helper_of_mine.look(media)\n\n"
+        "class Module(torch.nn.Module):\n    def forward(self, media, rows):\n        function(media, rows)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import reward_of_mine
+
+    place = rf"LinAlgError: Singular matrix \({tmp_path}/helper_of_mine\.py, line 4\)"
+    for reward in (reward_of_mine.function, reward_of_mine.Module()):
+        with pytest.raises(UserError, match=f"reward 'mine' failed on a batch of 1 .*{place}$"):
+            score({"mine": reward}, torch.zeros(1, 3, 8, 8), [{"prompt": "a"}])
+    with pytest.raises(UserError, match=rf"\({re.escape(__file__)}, line \d+\)$"):
+        score({"mine": lambda media, rows: media.no_such_thing}, torch.zeros(1, 3, 8, 8), [{"prompt": "a"}])
+    with pytest.raises(UserError, match=r"TypeError: .*rewards/__init__\.py, line \d+\)$"):  # called wrongly: no line of its own
+        score({"mine": len}, torch.zeros(1, 3, 8, 8), [{"prompt": "a"}])

@@ -547,7 +547,7 @@ def test_damaged_files_are_refused(copy, name, content, words):
         ("data_config", {"max_frame_pixels": "200704"}, "max_frame_pixels is '200704', but must be a number above 0"),
         ("model_config", {"model_name_or_path": None}, "model_name_or_path is None, but must be a string"),
         ("inference_config", {"VQ_mean": "3.6"}, "VQ_mean and VQ_std are '3.6' and 2.2476, but must be finite numbers"),
-        ("inference_config", {"VQ_std": 0}, "VQ_mean and VQ_std are 3.6757 and 0, which"),
+        ("inference_config", {"VQ_std": 0}, "VQ_mean and VQ_std are 3.6757 and 0, but must be"),
     ],
 )
 def test_other_settings_are_refused(copy, section, values, words):
