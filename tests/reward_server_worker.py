@@ -47,7 +47,11 @@ def load_mortal(path, device):
     return mortal
 
 
+def load_changing(path, device):
+    return lambda media, rows: torch.rand(len(rows))
+
+
 if __name__ == "__main__":
-    REWARDS |= {"gated": load_gated, "mortal": load_mortal}
+    REWARDS |= {"gated": load_gated, "mortal": load_mortal, "changing": load_changing}
     UNCHECKED |= {"gated", "mortal"}  # one changes at each call, the other takes 32 x 32 alone
     distributed.run(server.main)

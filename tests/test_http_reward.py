@@ -1,5 +1,6 @@
 """Rewards over HTTP: exactly the scores of the same process, whatever happens to servers; and servers that outlive what they are sent."""
 
+import asyncio
 import functools
 import http.client
 import http.server
@@ -22,7 +23,10 @@ from PIL import Image
 
 from fastvideo.distributed import UserError
 from fastvideo.media import save_video, to_pil
+from fastvideo.rewards import http as http_reward
 from fastvideo.rewards import load_rewards, parse_rewards, score
+from fastvideo.rewards.preflight import preflight
+from fastvideo.rewards.scorer import Scorer
 from fastvideo.rewards.wire import confine_images, pack, to_float, unpack
 
 requests = pytest.importorskip("requests")
@@ -137,6 +141,17 @@ def test_png_and_mp4(server, tmp_path):
         unpack(body, "video/mp4", "a ramp", 10_000)
 
 
+def test_the_preflight_knows_which_reward_a_server_has(server, capsys):
+    """Whatever it is called here; and so prints how it likes a drawing."""
+    theirs = rewards(
+        f"http={server.url},reward=shapes", f"http.clip={server.url},reward=gated", f"http.look={server.url},reward=aesthetic@0.9"
+    )
+    preflight({name: theirs[name] for name in ("http", "http.look")}, batch(0)[0], {"prompt": PROMPTS[0]})
+    assert capsys.readouterr().out.count("for a drawing of 'a red circle'") == 2
+    score(theirs, *batch(1))
+    assert theirs["http"].served == "shapes" and theirs["http.clip"].served == "gated"
+
+
 def test_an_answer_that_was_lost_is_given_again(server):
     """The same batch is scored once, whether asked again later or at the same time; another one, or another reward, anew."""
     body, other = pack(*batch(0), "float32"), pack(*batch(1), "float32")
@@ -199,6 +214,54 @@ def test_what_waits_together_is_scored_together(serve, tmp_path):
     assert [int(values[0]) for values in scores] == together
     answer = post(server.url, pack(*batch(0, 6), "float32"))
     assert answer.status_code == 422 and "6 samples, but the server's --max_batch is 5" in answer.json()["detail"]
+
+
+def test_heads_of_one_model_are_scored_together():
+    """The first that is asked brings the others' scores of the same media, also for those who wait; rewards with labels are left alone."""
+    calls = []
+
+    def head(name: str):
+        return lambda media, rows: calls.append((name, media)) or media.mean((1, 2, 3)) + len(name)
+
+    async def ask() -> None:
+        names = ("videoalign.vq", "videoalign.mqq", "clip.a", "clip.b")
+        scorer = Scorer({name: head(name) for name in names}, CPU, 64, 64, 1)
+        running = asyncio.create_task(scorer.run())
+        for content in (b"1", b"2"):
+            media, rows = batch(int(content))
+            together = [scorer.submit(name, content, media, rows) for name in names[:3]]
+            scores = [await answer for answer in together]
+            assert scores == [pytest.approx((media.mean((1, 2, 3)) + len(name)).tolist()) for name in names[:3]]
+            later = scorer.submit(names[1], content, media, rows)  # for example by another trainer
+            assert later.done() and scorer.held == 0 and not scorer.waiting
+        running.cancel()
+
+    asyncio.run(asyncio.wait_for(ask(), 60))
+    assert [name for name, _ in calls] == ["videoalign.vq", "videoalign.mqq", "clip.a"] * 2
+    assert all(calls[i][1] is calls[i + 1][1] for i in (0, 3))  # by which videoalign knows that it needs no other pass
+
+
+def test_media_wait_as_they_were_sent(serve, tmp_path):
+    """More than --max_queue_megabytes of them get 503, until there is room; a request of the largest size always finds it."""
+    for dtype in (torch.uint8, torch.float16, torch.float32):
+        media, rows = unpack(safetensors.torch.save({"media": TWO.to(dtype)}, {"rows": json.dumps([{"prompt": "a"}] * 2)}), "", None, 1e6)
+        assert media.dtype == dtype and to_float(media).dtype == torch.float32
+
+    server, gate = serve("gated", flags={"--max_megabytes": 0.1, "--max_queue_megabytes": 0.1}), tmp_path / "gate"
+    media, rows = batch(0, 8)  # 96 KB, and 24 KB in 8 bits
+    gated = [row | {"gate": str(gate)} for row in rows]
+    with ThreadPoolExecutor(4) as threads:
+        waiting = []
+        for seed in range(3):
+            waiting.append(threads.submit(post, server.url, pack(batch(seed, 8)[0], gated, "uint8")))
+            wait_for(lambda: queue(server) == len(waiting))
+        refused = post(server.url, pack(media, rows, "float32"))
+        assert refused.status_code == 503 and refused.headers["Retry-After"] == "1"
+        assert "0 of --max_queue_megabytes 0.1 are taken" in refused.json()["detail"]
+        gate.touch()
+        assert [answer.result().status_code for answer in waiting] == [200] * 3
+    for seed in range(3):  # what is done takes no room
+        assert post(server.url, pack(batch(10 + seed, 8)[0], rows, "float32")).status_code == 200
 
 
 def test_a_full_queue_then_a_drain(serve, tmp_path):
@@ -313,6 +376,30 @@ def test_none_answers():
     assert all(url in str(error.value) for url in urls)
 
 
+@pytest.mark.parametrize(("every", "times"), [(0, 4), (60, 1)])
+def test_it_is_said_who_is_waited_for(monkeypatch, capsys, every, times):
+    """Tries at 0, 0.1, 0.3 and 0.7 s, and the last one at 1.5 s."""
+    monkeypatch.setattr(http_reward, "TELL_AFTER", 0)
+    monkeypatch.setattr(http_reward, "TELL_EVERY", every)
+    url = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(UserError):
+        score(rewards(f"http={url},patience=3"), *batch(0))
+    said = capsys.readouterr().err
+    assert said.count(f"warning: waiting for the reward server {url}, for ") == times and "of 3 s so far" in said and "refused" in said
+
+
+def test_what_cannot_heal_is_final_at_once(monkeypatch):
+    start = time.monotonic()
+    with other_server(200) as (url, _), pytest.raises(UserError, match="SSLError"):
+        score(rewards(f"http={url.replace('http:', 'https:')}"), *batch(0))
+    with pytest.raises(UserError, match=r"http://\.a:1: InvalidURL"):
+        score(rewards("http=http://.a:1"), *batch(0))
+    monkeypatch.setenv("REWARD_TOKEN", "a\nsecret")
+    with pytest.raises(UserError, match="REWARD_TOKEN has a line break") as error:
+        rewards("http=http://a:1")
+    assert "secret" not in str(error.value) and time.monotonic() - start < 60  # not the patience of 600 s
+
+
 @pytest.mark.slow
 def test_a_run_whose_server_dies_is_saved_and_resumed(serve, train, tmp_path):
     """It stops with a checkpoint of what was learned; resumed with a new server it ends where a run with the reward inside of it ends."""
@@ -367,7 +454,11 @@ def test_rewards_are_chosen_by_name(server):
 
 
 @pytest.mark.parametrize(
-    ("status", "sentence"), [(200, "is no reward server: it answered 'hello'"), (307, "status 307, 'hello'"), (500, "status 500, 'hello'")]
+    ("status", "sentence"),
+    [
+        (200, "is no reward server: it answered 'hello'"),
+        *((status, f"status {status}, 'hello'") for status in (307, 401, 403, 404, 415, 500)),
+    ],
 )
 def test_what_is_no_reward_server(status, sentence):
     """Other servers' answers are the user's error, and redirects too, which would take the token along: none is tried again."""
@@ -382,12 +473,15 @@ def test_what_is_no_reward_server(status, sentence):
         ({"--host": "0.0.0.0"}, "--host 0.0.0.0 can be reached from elsewhere: set REWARD_TOKEN"),
         ({"--host": "192.0.2.1"}, "set REWARD_TOKEN"),
         ({"--max_queue": 0}, "--max_queue is 0, but must be above 0"),
+        ({"--max_queue_megabytes": 1}, "--max_queue_megabytes 1 is less than one request's --max_megabytes 256"),
+        ({"--rewards": "changing"}, "preflight: reward 'changing' gave"),
     ],
 )
 def test_servers_that_do_not_start(serve, flags, sentence):
     server = serve("shapes", flags=flags, ready=False)
     server.process.join(60)
     assert server.process.exitcode == 2 and sentence in Path(f"{server.log}.stderr").read_text()
+    assert "scoring" not in Path(f"{server.log}.stdout").read_text()
 
 
 def test_a_port_in_use(serve, server):
@@ -529,6 +623,32 @@ def test_bodies_that_are_wrong(tensors, rows, sentence):
 def test_a_picture_that_is_too_large():
     with pytest.raises(ValueError, match="1024 x 1024 pixels is too large for --max_megabytes"):
         unpack(png_bomb(), "image/png", "a", 2**20)
+
+
+@pytest.mark.parametrize(("size", "frames"), [((2048, 2048), 1), ((512, 512), 16)], ids=["frames", "length"])
+def test_a_clip_that_is_too_large_is_not_decoded(tmp_path, monkeypatch, size, frames):
+    """Of 12 MB in a small file; without a look at its frames."""
+    import imageio_ffmpeg
+
+    save_video(tmp_path / "clip.mp4", torch.zeros(3, frames, *size), fps=8)
+    body, read = (tmp_path / "clip.mp4").read_bytes(), []
+    read_frames = imageio_ffmpeg.read_frames
+    monkeypatch.setattr(
+        imageio_ffmpeg, "read_frames", lambda *words, **options: (read.append(x) or x for x in read_frames(*words, **options))
+    )
+    assert len(body) < 2**17 and unpack(body, "video/mp4", "a", 2**24)[0].shape == (1, 3, frames, *size)
+    assert len(read) == 1 + frames
+    read.clear()
+    with pytest.raises(ValueError, match="the clip is too large for --max_megabytes"):
+        unpack(body, "video/mp4", "a", 2**23)
+    assert len(read) == (frames > 1)  # what the file says of itself
+
+
+def test_an_unknown_content_type_is_refused_by_name(server):
+    body, url = pack(*batch(0), "float32"), f"{server.url}/score?reward=aesthetic"
+    for kind, status in {"application/x-www-form-urlencoded": 415, "image/jpeg": 415, "Application/X-Safetensors; a=b": 200}.items():
+        answer = requests.post(url, data=body, headers={"Content-Type": kind}, timeout=60)
+        assert answer.status_code == status and (status == 200 or f"a body of type '{kind}' can't be read" in answer.json()["detail"])
 
 
 def test_bodies_that_are_too_large(serve):

@@ -9,7 +9,7 @@ from conftest import REPOSITORY, metrics_of
 from fastvideo.distributed import UserError
 from fastvideo.guards import EVALUATIONS, WINDOW, warn_of_over_optimization
 from fastvideo.rewards import load_rewards, parse_rewards
-from fastvideo.rewards.preflight import preflight
+from fastvideo.rewards.preflight import preflight, preflight_alone
 from fastvideo.rewards.statistics import group_statistics
 
 CLIP = REPOSITORY / "shapes" / "models" / "clip"
@@ -130,6 +130,40 @@ def test_preflight_refuses_a_reward_without_trained_weights(tmp_path):
 def test_preflight_refuses_a_broken_reward(reward, message):
     with pytest.raises(UserError, match=message):
         preflight({"mine": reward}, PICTURES, {"prompt": "a red circle"})
+
+
+def test_preflight_of_a_servers_reward_by_its_name_there():
+    """A threshold on the server may make all equal; a reward of this process has none there."""
+
+    def by_server(served: str, *scores: float):
+        def reward(media, rows):
+            return torch.tensor(scores if len(rows) == 2 else (0.0,))
+
+        reward.served = served
+        return reward
+
+    preflight({"http.mine": by_server("clip.large", 1, 0)}, PICTURES[:1], {"prompt": "a dog"})
+    preflight({"http": by_server("clip", 0, 0)}, PICTURES[:1], {"prompt": "a dog"})
+    preflight({"http.clip": by_server("unknown", 0, 1)}, PICTURES[:1], {"prompt": "a dog"})
+    for reward in (by_server("clip", 0, 1), by_server("", 0, 0)):
+        with pytest.raises(UserError, match="gives a drawing of 'a red circle' 0 and noise"):
+            preflight({"clip": reward}, PICTURES[:1], {"prompt": "a dog"})
+
+
+def test_preflight_without_a_run(capsys):
+    """Each reward gets what it takes: small pictures, large ones, clips."""
+    device = torch.device("cpu")
+    names = ["shapes", "shapes_strict.labelled", "aesthetic@0.99", "motion", "visual", f"clip={CLIP}"]
+    preflight_alone(load_rewards(parse_rewards([*names, "fidelity", "http=http://127.0.0.1:1"]), device), device)
+    lines = capsys.readouterr().out.splitlines()
+    assert ["for a drawing of 'a red circle'" in line for line in lines] == [True, True, True, False, True, True, False, False]
+    assert all("not checked before it is asked" in line for line in lines[6:])
+
+    preflight_alone({"mine": lambda media, rows: media.mean((1, 2, 3, 4))}, device)  # of clips
+    with pytest.raises(UserError, match=r"on a picture and a clip of 256 x 256: .*KeyError.*; and .*KeyError: 'mask'"):
+        preflight_alone({"mine": lambda media, rows: rows[0]["mask"]}, device)
+    with pytest.raises(UserError, match="is nan"):
+        preflight_alone({"mine": lambda media, rows: torch.full((len(rows),), torch.nan)}, device)
 
 
 def test_a_broken_reward_stops_the_run_before_iteration_1(train, tmp_path):
