@@ -2,13 +2,17 @@
 
 A checkpoint holds what is trained, by parameter and not by process, so that it can be resumed on any number of processes and at any ZeRO
 stage: each process writes one `shard_RRRRR.safetensors` of flat float32 tensors KIND/NAME/START, the elements from START on of the
-flattened parameter NAME. The kinds are weight, exp_avg, exp_avg_sq (Adam's averages) and ema.
+flattened parameter NAME. The kinds are weight, exp_avg, exp_avg_sq (Adam's averages) and ema. `state.json` says what they belong to, and
+has a checksum of each file and of itself.
 """
 
 import json
+import re
 import shutil
+import zlib
 from collections import defaultdict
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +24,9 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fastvideo.distributed import Ranks, UserError, on_main, together
+from fastvideo.distributed import Ranks, UserError, all_gather_object, on_main, together
 from fastvideo.ema import EMA
-from fastvideo.files import rename_folder, sync, whole_file, whole_folder
+from fastvideo.files import crc32, rename_folder, sync, whole_file, whole_folder, writing
 from fastvideo.shards import Fragment, adam_shards, fragments, master_shards, parameter_shapes, refresh_weights, set_updates
 from fastvideo.zero import full_state_dict
 
@@ -30,56 +34,93 @@ from fastvideo.zero import full_state_dict
 def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: int, keep: int, ranks: Ranks) -> None:
     """Collective. Write `checkpoints/iteration_NNNNNN` under `output_dir`, point `checkpoints/latest` at it, keep the newest `keep`.
 
-    A process killed at any moment leaves the previous checkpoint in force: the new one gets its name only once all of it is on disk.
-    Checkpoints of later iterations, left by someone who went back to an earlier one, are deleted too. All nodes must share `output_dir`.
+    A process killed at any moment, or UserError for what cannot be written, leaves the previous checkpoint in force: the new one gets its
+    name only once all of it is on disk. Later ones, left by who went back to an earlier one, are deleted. All nodes share `output_dir`.
     """
     folder = output_dir / "checkpoints"
     name = f"iteration_{iteration:06d}"
     if on_main(lambda: latest(folder) == folder / name):
         return
     temporary = folder / f".{name}.tmp"
-    if ranks.is_main:
+
+    def prepare() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    dist.barrier()
-    shard_file = temporary / f"shard_{ranks.rank:05d}.safetensors"
-    pieces = {}
-    for kind, shards in _trained(engine, ema).items():
-        for shard, parts in zip(shards, _own_fragments(engine, ranks), strict=True):
-            for parameter, start, offset, count in parts:
-                pieces[f"{kind}/{parameter}/{start}"] = shard.view(-1)[offset : offset + count]
-    save_file(pieces, shard_file)
-    sync(shard_file)
-    dist.barrier()
-    if ranks.is_main:
-        sizes = {str(path.relative_to(temporary)): path.stat().st_size for path in temporary.rglob("*") if path.is_file()}
+        with writing(temporary):
+            temporary.mkdir(parents=True)
+
+    def write_shard() -> tuple[str, dict[str, int]]:
+        pieces = {}
+        for kind, shards in _trained(engine, ema).items():
+            for shard, parts in zip(shards, _own_fragments(engine, ranks), strict=True):
+                for parameter, start, offset, count in parts:
+                    pieces[f"{kind}/{parameter}/{start}"] = shard.view(-1)[offset : offset + count]
+        path = temporary / f"shard_{ranks.rank:05d}.safetensors"
+        with writing(path):
+            save_file(pieces, path)
+            sync(path)
+            return path.name, {"size": path.stat().st_size, "crc32": crc32(path)}
+
+    def finish(files: dict[str, dict[str, int]]) -> None:
         dtype = str(engine.module.dtype).removeprefix("torch.")
         state = {"iteration": iteration, "updates": engine.global_steps, "dtype": dtype, "ema": ema is not None}
         # These are for people only: none of them matters to `load`.
         state |= {"world_size": ranks.world_size, "sp_size": ranks.sp_size, "zero_stage": engine.zero_optimization_stage()}
-        state |= {"files": sizes, "parameters": parameter_shapes(engine)}
-        (temporary / "state.json").write_text(json.dumps(state, indent=2))
-        rename_folder(temporary, folder / name)
-        with whole_file(folder / "latest") as path:
-            path.write_text(name)
-        others = sorted(path for path in folder.glob("iteration_*") if path.name != name)
-        earlier = [path for path in others if path.name < name]
-        for old in set(others) - set(earlier[len(earlier) - (keep - 1) :]):
-            shutil.rmtree(old)
-        for abandoned in folder.glob(".iteration_*"):
-            shutil.rmtree(abandoned)
-    dist.barrier()
+        state |= {"files": files, "parameters": parameter_shapes(engine)}
+        with writing(folder / name):
+            (temporary / "state.json").write_text(json.dumps(state | {"crc32": _checksum(state)}, indent=2))
+            rename_folder(temporary, folder / name)
+            with whole_file(folder / "latest") as path:
+                path.write_text(name)
+            earlier = sorted(path for path in folder.glob("iteration_*") if path.name < name)
+            kept = {folder / name, *earlier[len(earlier) - (keep - 1) :]}
+            for other in {*folder.glob("iteration_*"), *folder.glob(".iteration_*")} - kept:
+                shutil.rmtree(other)
+
+    with naming_the_last(output_dir):
+        try:
+            on_main(prepare)
+            files = all_gather_object(together(write_shard))
+            on_main(lambda: finish(dict(files)))
+        except UserError:
+            if ranks.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def naming_the_last(output_dir: Path) -> Iterator[None]:
+    """UserError that is raised inside also says which checkpoint the same command will go on from."""
+    try:
+        yield
+    except UserError as error:
+        newest = latest(output_dir / "checkpoints")
+        raise UserError(f"{error}; {f'the last whole checkpoint is {newest.name}' if newest else 'there is no checkpoint yet'}") from error
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint under `folder`, None if there is none. Raises UserError where `latest` names one that is gone."""
+    """The checkpoint under `folder` that `latest` names, or the newest one where a kill came before `latest` was written; None without.
+
+    Raises UserError where `latest` names none, or one that is gone.
+    """
     pointer = folder / "latest"
     if not pointer.exists():
-        return None
-    checkpoint = folder / pointer.read_text().strip()
-    if not (checkpoint / "state.json").exists():
-        raise UserError(f"{pointer} names {checkpoint.name!r}, which is not there; write an existing iteration_* folder's name into it")
-    return checkpoint
+        return max(folder.glob("iteration_*"), default=None)
+    name = pointer.read_bytes().decode(errors="replace").strip()
+    if not re.fullmatch(r"iteration_\d+", name):
+        raise UserError(f"{pointer} is damaged: it holds {name[:60]!r} and not the name of a checkpoint; {_way_back(folder)}")
+    if not (folder / name / "state.json").exists():
+        raise UserError(f"{pointer} names {name}, which is not there or has no state.json; {_way_back(folder, name)}")
+    return folder / name
+
+
+def _way_back(folder: Path, damaged: str | None = None) -> str:
+    """What to do: the newest checkpoint that is whole, of those before the one named `damaged`."""
+    for checkpoint in sorted(folder.glob("iteration_*"), reverse=True):
+        with suppress(UserError):
+            if damaged is None or checkpoint.name < damaged:
+                _verify(checkpoint)
+                return f"to go on from the newest whole checkpoint before, write {checkpoint.name} into {folder / 'latest'}"
+    return "there is no whole checkpoint before it: begin anew in another --output_dir"
 
 
 def load(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path) -> int:
@@ -87,7 +128,11 @@ def load(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path) -> int:
 
     Raises UserError if a file is missing or damaged, or the checkpoint is of another dtype, of other parameters, or EMA is in one only.
     """
-    state = together(lambda: _read_state(engine, ema, checkpoint))
+    try:
+        state = together(lambda: _verify(checkpoint, dist.get_rank(), dist.get_world_size()))
+    except UserError as error:
+        raise UserError(f"{error}; {on_main(lambda: _way_back(checkpoint.parent, checkpoint.name))}") from error
+    together(lambda: _check_state(engine, ema, checkpoint, state))
     set_updates(engine, state["updates"])
     together(lambda: _read_shards(engine, ema, checkpoint, state["files"]))
     refresh_weights(engine)
@@ -108,17 +153,31 @@ def _own_fragments(engine: DeepSpeedEngine, ranks: Ranks) -> list[list[Fragment]
     return parts
 
 
-def _read_state(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path) -> dict[str, Any]:
+def _checksum(state: dict[str, Any]) -> int:
+    """Of state.json: of all that is in it but the checksum."""
+    return zlib.crc32(json.dumps({key: value for key, value in state.items() if key != "crc32"}).encode())
+
+
+def _verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """What is in state.json. UserError unless it and this process's share of the files are what was saved."""
+    path = checkpoint / "state.json"
     try:
-        state = json.loads((checkpoint / "state.json").read_text())
-        for name, size in state["files"].items():
-            actual = (checkpoint / name).stat().st_size
-            if actual != size:
-                raise UserError(f"{checkpoint / name} has {actual} bytes, but {size} were saved: the checkpoint is damaged")
-    except (OSError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"checkpoint {checkpoint} is damaged: {error}") from error
-    if "updates" not in state:
-        raise UserError(f"checkpoint {checkpoint} was saved by an earlier version, in a format that this one does not read")
+        state = json.loads(path.read_bytes())
+        if not isinstance(state, dict) or state.get("crc32") != _checksum(state):
+            raise UserError(f"{path} is damaged, or of an earlier version: it does not have its checksum")
+        for name, saved in sorted(state["files"].items())[rank::world_size]:
+            path = checkpoint / name
+            if path.stat().st_size != saved["size"]:
+                raise UserError(f"{path} has {path.stat().st_size} bytes, but {saved['size']} were saved: the checkpoint is damaged")
+            if crc32(path) != saved["crc32"]:
+                raise UserError(f"{path} is damaged: it does not have the checksum that was saved")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+    return state
+
+
+def _check_state(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path, state: dict[str, Any]) -> None:
+    """UserError unless the checkpoint fits this engine."""
     dtype = str(engine.module.dtype).removeprefix("torch.")
     if state["dtype"] != dtype:
         raise UserError(f"checkpoint {checkpoint} was saved with --dtype {state['dtype']} and cannot be resumed with {dtype}")
@@ -130,7 +189,6 @@ def _read_state(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path) -> d
         if saved.get(name) != now.get(name):
             shapes = f"the shape of {name} is {saved.get(name, 'absent')} there and {now.get(name, 'absent')} here"
             raise UserError(f"checkpoint {checkpoint} is of another model: {shapes}")
-    return state
 
 
 def _read_shards(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path, files: list[str]) -> None:
@@ -169,11 +227,11 @@ def export(engine: DeepSpeedEngine, folder: Path, subfolder: str) -> None:
     """Collective. Write the network's weights to `folder/subfolder` for diffusers' `from_pretrained`.
 
     With a LoRA adapter its weights also go to `folder/lora` (for `pipeline.load_lora_weights`), and `folder/subfolder` has them merged.
+    Raises UserError for what cannot be written.
     """
     state = full_state_dict(engine)
-    if state:
-        _write_export(engine.module, state, folder, subfolder)
-    dist.barrier()
+    with naming_the_last(folder.parent):
+        on_main(lambda: _write_export(engine.module, state, folder, subfolder))
 
 
 def _write_export(model: ModelMixin, state: dict[str, torch.Tensor], folder: Path, subfolder: str) -> None:

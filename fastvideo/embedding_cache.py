@@ -173,11 +173,8 @@ def _write_shard(path: Path, rows: list[dict], encode: Encode, fingerprint: dict
 
 
 def _write_whole(path: Path, data: bytes) -> None:
-    try:
-        with whole_file(path) as temporary:
-            temporary.write_bytes(data)  # safetensors' save_file would let only the owner read the file
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)  # safetensors' save_file would let only the owner read the file
 
 
 def _shard_name(k: int, num_shards: int) -> str:

@@ -2,19 +2,43 @@
 
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from safetensors import SafetensorError
+
+from fastvideo.distributed import UserError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Where something inside cannot be written, for want of space or of rights, UserError says so in a sentence that names `path`."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Inside, write to the yielded temporary path; on a clean exit it becomes `path`, replacing what stood there."""
+    """Inside, write to the yielded temporary path; on a clean exit it becomes `path`, replacing what stood there.
+
+    Makes the folders above it. If anything fails nothing is left; UserError for what cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
-    yield temporary
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
+    try:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
+    except BaseException:
+        with suppress(OSError):  # whatever failed before is told
+            temporary.unlink()
+        raise
 
 
 @contextmanager
@@ -22,9 +46,14 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """Like `whole_file` for a folder: yields a new empty temporary folder beside `path`."""
     temporary = path.with_name(f".{path.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    yield temporary
-    rename_folder(temporary, path)
+    try:
+        with writing(path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            rename_folder(temporary, path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 def rename_folder(temporary: Path, path: Path) -> None:
@@ -35,14 +64,12 @@ def rename_folder(temporary: Path, path: Path) -> None:
         if entry.is_file():
             entry.chmod(0o666 & ~umask)  # safetensors' save_file lets only the owner read
         sync(entry)
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if path.exists():
-        old = path.with_name(f".{path.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         os.replace(path, old)
-        os.replace(temporary, path)
-        shutil.rmtree(old)
-    else:
-        os.replace(temporary, path)
+    os.replace(temporary, path)
+    shutil.rmtree(old, ignore_errors=True)  # also what a kill between the two left
     sync(path.parent)
 
 
@@ -53,3 +80,12 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def crc32(path: Path) -> int:
+    """Checksum of a file's bytes, read piece by piece."""
+    checksum = 0
+    with path.open("rb") as file:
+        while piece := file.read(2**24):
+            checksum = zlib.crc32(piece, checksum)
+    return checksum

@@ -34,7 +34,6 @@ def save_video(path: Path, clip: torch.Tensor, fps: float) -> None:
     frames = F.pad(clip.float().transpose(0, 1), (0, clip.shape[3] % 2, 0, clip.shape[2] % 2), mode="replicate")
     frames = [np.asarray(frame) for frame in to_pil(frames)]
     encoder = {"codec": "libx264", "quality": None, "macro_block_size": 1, "output_params": ["-crf", "12"]}  # hardly any visible loss
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_bytes(imageio.imwrite("<bytes>", frames, extension=".mp4", plugin="FFMPEG", fps=fps, **encoder))
 
@@ -70,7 +69,6 @@ def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]]
             grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
             for line, text in enumerate(_wrap(label, width // 6)[:2]):
                 draw.text((x + 2, y + height + 12 * line), text, fill="black")
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         grid.save(temporary, format="PNG")
 

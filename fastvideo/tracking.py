@@ -6,7 +6,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,85 +14,108 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastvideo.distributed import Ranks, UserError, all_gather_object
-from fastvideo.files import whole_file
+from fastvideo.distributed import Ranks, UserError, all_gather_object, on_main
+from fastvideo.files import whole_file, writing
 from fastvideo.media import save_samples
 
 
 class Tracker:
-    """Writes metrics of each iteration to `output_dir/metrics.jsonl` and to the chosen trackers. Silent on all ranks but 0.
+    """Writes metrics of each iteration to `output_dir/metrics.jsonl` and to the chosen trackers, from rank 0.
 
     trackers: any of "tensorboard" (under `output_dir/tensorboard`) and "wandb" (its environment variables apply).
     resumed_iteration: lines and events after it are dropped: those iterations are about to be done again.
+
+    All methods are collective. They raise UserError for what cannot be written, and at the start for a damaged line of metrics.jsonl.
     """
 
     def __init__(self, output_dir: Path, trackers: list[str], config: dict[str, Any], resumed_iteration: int, ranks: Ranks):
-        self.active = ranks.is_main
-        self.path = output_dir / "metrics.jsonl"
+        self.path, self.events = output_dir / "metrics.jsonl", output_dir / "tensorboard"
         self.tensorboard = self.wandb = None
-        if not self.active:
-            return
-        if self.path.exists():
-            self._rewind(resumed_iteration)
-        if "tensorboard" in trackers:
-            from torch.utils.tensorboard import SummaryWriter
 
-            self.tensorboard = SummaryWriter(output_dir / "tensorboard", purge_step=resumed_iteration + 1)
-        if "wandb" in trackers:
-            try:
-                import wandb
-            except ImportError as error:
-                raise UserError("--trackers wandb needs the package wandb: pip install wandb") from error
-            self.wandb = wandb.init(project="fastvideo", dir=output_dir, config=config, id=output_dir.name, resume="allow")
+        def start() -> None:
+            if self.path.exists():
+                self._rewind(resumed_iteration)
+            if "tensorboard" in trackers:
+                from torch.utils.tensorboard import SummaryWriter
+
+                with writing(self.events):
+                    self.tensorboard = SummaryWriter(self.events, purge_step=resumed_iteration + 1)
+            if "wandb" in trackers:
+                try:
+                    import wandb
+                except ImportError as error:
+                    raise UserError("--trackers wandb needs the package wandb: pip install wandb") from error
+                self.wandb = wandb.init(project="fastvideo", dir=output_dir, config=config, id=output_dir.name, resume="allow")
+
+        on_main(start)
+
+    def _write(self, function: Callable[[], None]) -> None:
+        from fastvideo.checkpoint import naming_the_last  # not above: evaluation draws curves without DeepSpeed
+
+        with naming_the_last(self.path.parent):
+            on_main(function)
 
     def _rewind(self, iteration: int) -> None:
+        lines = self.path.read_bytes().split(b"\n")
         kept = []
-        for line in self.path.read_text().splitlines():
+        for number, line in enumerate(lines, 1):
             try:
-                metrics = json.loads(line)
-            except json.JSONDecodeError:
-                break  # cut off by a kill in the middle of the line: its iteration is done again
-            if metrics["iteration"] <= iteration:
-                kept.append(line)
+                if json.loads(line)["iteration"] <= iteration:
+                    kept.append(line + b"\n")
+            except (ValueError, TypeError, KeyError) as error:
+                if number < len(lines):  # the last one a kill has cut off, or it is empty: its iteration is done again
+                    raise UserError(f"line {number} of {self.path} is damaged: mend or delete it") from error
         with whole_file(self.path) as temporary:
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_bytes(b"".join(kept))
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         """Append one iteration's numbers; on disk when this returns."""
-        if not self.active:
-            return
-        with self.path.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        if self.tensorboard is not None:
-            for name, value in metrics.items():
-                self.tensorboard.add_scalar(name, value, iteration)
-        if self.wandb is not None:
-            self.wandb.log(metrics, step=iteration)
+
+        def write() -> None:
+            with writing(self.path), self.path.open("a") as file:
+                file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            if self.tensorboard is not None:
+                with writing(self.events):
+                    for name, value in metrics.items():
+                        self.tensorboard.add_scalar(name, value, iteration)
+                    self.tensorboard.flush()
+            if self.wandb is not None:
+                self.wandb.log(metrics, step=iteration)
+
+        self._write(write)
 
     def log_samples(self, iteration: int, media: torch.Tensor | None, captions: list[str]) -> None:
         """Write `output_dir/samples/iteration_NNNNNN.png`, and mp4 files of clips beside it, and show the PNG in the trackers too.
 
         media: pictures (B, 3, H, W) or clips (B, 3, F, H, W) in [-1, 1]; needed on rank 0 only. captions: B.
         """
-        if not self.active:
-            return
-        path = save_samples(self.path.parent / "samples" / f"iteration_{iteration:06d}.png", media, captions)
-        if self.tensorboard is not None:
-            with Image.open(path) as image:
-                pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-                self.tensorboard.add_image("samples", pixels.view(image.height, image.width, 3), iteration, dataformats="HWC")
-        if self.wandb is not None:
-            import wandb
 
-            self.wandb.log({"samples": wandb.Image(str(path))}, step=iteration)
+        def write() -> None:
+            path = save_samples(self.path.parent / "samples" / f"iteration_{iteration:06d}.png", media, captions)
+            if self.tensorboard is not None:
+                with Image.open(path) as image, writing(self.events):
+                    pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+                    pixels = pixels.view(image.height, image.width, 3)
+                    self.tensorboard.add_image("samples", pixels, iteration, dataformats="HWC")
+                    self.tensorboard.flush()
+            if self.wandb is not None:
+                import wandb
+
+                self.wandb.log({"samples": wandb.Image(str(path))}, step=iteration)
+
+        self._write(write)
 
     def close(self) -> None:
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        def write() -> None:
+            if self.tensorboard is not None:
+                with writing(self.events):
+                    self.tensorboard.close()
+            if self.wandb is not None:
+                self.wandb.finish()
+
+        self._write(write)
 
 
 class Timer:
