@@ -27,6 +27,7 @@ class UserError(Exception):
     """
 
     exit_code = 2
+    on_all_ranks = False  # whether all processes are known to have it, so that one may speak for all
 
 
 @dataclass(frozen=True)
@@ -130,16 +131,13 @@ def run(main: Callable[[], None]) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever listened for it has ended
         if _watch:
             _watch.stop(str(error))
-        if error.exit_code != 2:  # no mistake, and known to all ranks
-            if launch_rank() == 0:
-                print(error, file=sys.stderr, flush=True)
-            sys.exit(error.exit_code)
-        if launch_rank() != 0:
+        if launch_rank() != 0 and error.exit_code == 2:
             time.sleep(10)  # an error of all ranks is told by rank 0, after which torchrun ends this process; else it is ours to tell
-        elif file := os.environ.get("FASTVIDEO_ERROR_FILE"):
+        elif error.exit_code == 2 and (file := os.environ.get("FASTVIDEO_ERROR_FILE")):
             Path(file).write_text(f"{error}\n")  # for who starts it again: that would be in vain
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        if launch_rank() == 0 or not error.on_all_ranks:
+            print(f"error: {error}" if error.exit_code == 2 else error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
     except Exception as error:
         if _watch and from_collective(error):
             _watch.give_up(error)
@@ -160,7 +158,10 @@ def warn(message: str) -> None:
 
 def first_error(error: UserError | None) -> UserError | None:
     """Collective. The first of the errors that processes bring, on all of them, so that all stop together and rank 0 can say why."""
-    return next((raised for raised in all_gather_object(error) if raised is not None), None)
+    first = next((raised for raised in all_gather_object(error) if raised is not None), None)
+    if first is not None:
+        first.on_all_ranks = True
+    return first
 
 
 def together(function: Callable[[], T]) -> T:

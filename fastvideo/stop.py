@@ -15,6 +15,8 @@ REPEATS = 3.0  # seconds in which a signal is the same one again: torchrun passe
 class Stopped(UserError):
     """Not an error: the run was asked to stop. `distributed.run` ends the process with `exit_code`, 128 + the signal's number."""
 
+    on_all_ranks = True
+
     def __init__(self, signal_number: int):
         super().__init__(f"stopped by {signal.Signals(signal_number).name}; the same command goes on from the last checkpoint")
         self.signal_number = signal_number
