@@ -24,6 +24,7 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fastvideo import guards
 from fastvideo.distributed import Ranks, UserError, all_gather_object, on_main, together
 from fastvideo.ema import EMA
 from fastvideo.files import crc32, rename_folder, sync, whole_file, whole_folder, writing
@@ -34,7 +35,7 @@ from fastvideo.zero import full_state_dict
 def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: int, keep: int, ranks: Ranks) -> None:
     """Collective. Write `checkpoints/iteration_NNNNNN` under `output_dir`, point `checkpoints/latest` at it, keep the newest `keep`.
 
-    A process killed at any moment, or UserError for what cannot be written, leaves the previous checkpoint in force: the new one gets its
+    The best one by held-out rewards, if the run has any, is kept besides, and `checkpoints/best` names it. A process killed at any moment, or UserError for what cannot be written, leaves the previous checkpoint in force: the new one gets its
     name only once all of it is on disk. Later ones, left by who went back to an earlier one, are deleted. All nodes share `output_dir`.
     """
     folder = output_dir / "checkpoints"
@@ -69,10 +70,16 @@ def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: 
         with writing(folder / name):
             (temporary / "state.json").write_text(json.dumps(state | {"crc32": _checksum(state)}, indent=2))
             rename_folder(temporary, folder / name)
-            with whole_file(folder / "latest") as path:
-                path.write_text(name)
             earlier = sorted(path for path in folder.glob("iteration_*") if path.name < name)
             kept = {folder / name, *earlier[len(earlier) - (keep - 1) :]}
+            if best := guards.best_checkpoint(output_dir, [*earlier, folder / name]):
+                kept.add(best)
+                with whole_file(folder / "best") as path:
+                    path.write_text(best.name)
+            else:
+                (folder / "best").unlink(missing_ok=True)
+            with whole_file(folder / "latest") as path:
+                path.write_text(name)
             for other in {*folder.glob("iteration_*"), *folder.glob(".iteration_*")} - kept:
                 shutil.rmtree(other)
 

@@ -1,40 +1,225 @@
-"""Signs in metrics.jsonl that a run goes wrong."""
+"""Signs in metrics.jsonl that a run goes wrong, and which of its checkpoints is the best. docs/clusters.md has what was measured.
+
+A rule looks at rows of metrics.jsonl, one an iteration, and says what is wrong after the last of them, or None.
+"""
 
 import json
+import math
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean, median, pvariance
+from typing import Any, NamedTuple
 
-from fastvideo.distributed import UserError, launch_rank, warn
+from fastvideo.distributed import UserError, on_main, warn
+
+Rows = list[dict[str, float]]
 
 WINDOW = 10  # iterations whose mean is one evaluation: enough prompts for their mix to matter little
 EVALUATIONS = 4  # in a row, in which a held-out reward must fall each time for a warning
+COLLAPSE_STD = 1.0  # standard deviations of the samples: now the average one is as bad as the bad ones were at the best time
+ZERO_STD_FRAC = 0.95  # groups that teach nothing: the few others are too few for a direction
+FAR = 100  # clip ranges: clipping has held nothing back
+KL = 1.0  # an element, to the initial policy: the steps' means are off by more than the noise that they are drawn with
+SPIKE = 10.0  # times the median of the iterations before, HISTORY of them
+HISTORY = 20
+SPIKES = 3  # in one window: more than a bad batch
+
+
+class Trouble(NamedTuple):
+    """What is wrong, since which iteration, and what may cure it; only what has a cure is worth stopping for."""
+
+    message: str
+    since: int
+    cure: str | None = None
 
 
 def check(output_dir: Path, iteration: int, clip_range: float) -> UserError | None:
-    """Collective. Warn of what goes wrong in the run, as its metrics.jsonl shows after `iteration`."""
-    warn_of_over_optimization(output_dir, iteration)
+    """Collective. Warn of what begins to go wrong in the run, as its metrics.jsonl shows after `iteration`.
+
+    Returns, on all processes, what to stop with as long as something is wrong that is worth stopping for; else None.
+    """
+    return on_main(lambda: _check(output_dir, iteration, clip_range))
+
+
+def _check(output_dir: Path, iteration: int, clip_range: float) -> UserError | None:
+    rules = [(lambda rows: policy_explosion(rows, clip_range), 1), (gradient_spike, 1), (gradient_spikes, 1)]
+    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
+    if iteration % WINDOW == 0:
+        rules += [(reward_collapse, WINDOW), (no_signal, WINDOW), (over_optimization, WINDOW)]
+    else:
+        lines = lines[-(WINDOW + HISTORY + 1) :]  # a long run is parsed only once in a while
+    manifest = json.loads((output_dir / "manifest.json").read_text())
+    begin = unchanged_since(manifest)
+    rows = [row for row in map(json.loads, lines) if row["iteration"] > begin]
+    failure = None
+    for rule, step in rules:
+        if trouble := rule(rows):
+            if not rule(rows[:-step]):
+                warn(trouble.message)
+            if trouble.cure and failure is None:
+                keep = manifest["arguments"]["keep_checkpoints"]
+                failure = UserError(f"{trouble.message}. {way_back(output_dir, iteration, trouble, keep)}")
+    return failure
+
+
+def unchanged_since(manifest: dict[str, Any]) -> int:
+    """The last iteration that was made with other arguments: before it, rewards may have been others, or what was wrong be cured."""
+    begin = manifest["from_iteration"]
+    for before in reversed(manifest["history"]):  # each has what was not the same at the next start
+        if "arguments" in before:
+            break
+        begin = min(begin, before.get("from_iteration", begin))
+    return begin
+
+
+# ------------------------------------------------------------------------------------------------------- rules for each iteration
+
+
+def policy_explosion(rows: Rows, clip_range: float) -> Trouble | None:
+    """One iteration's updates have moved the policy further than clipping can explain, or to numbers that are none."""
+    row, cure = rows[-1] if rows else {}, "a lower --learning_rate or --max_grad_norm, or fewer --updates_per_iteration"
+    # A log-prob off by d, as seen by the KL's estimate: d^2 / 2.
+    for name, most in (("approx_kl", min(FAR * clip_range, 1) ** 2 / 2), ("kl", KL), ("grad_norm", math.inf)):
+        value = row.get(f"policy/{name}", 0.0)
+        if not (math.isfinite(value) and value <= most):
+            above = f", above {most:.3g}" if math.isfinite(value) else ""
+            return Trouble(f"policy explosion: policy/{name} is {value:.3g} in iteration {row['iteration']}{above}", row["iteration"], cure)
     return None
 
 
-def warn_of_over_optimization(output_dir: Path, iteration: int) -> None:
-    """Warn if, over the last EVALUATIONS means of WINDOW iterations in metrics.jsonl, all trained rewards rose while a held-out one fell.
+def spikes(rows: Rows) -> dict[int, float]:
+    """Of the last WINDOW rows those whose gradient norm is a spike: iteration -> times the median before. Norms of 0 teach no scale."""
+    found = {}
+    for end in range(max(0, len(rows) - WINDOW), len(rows)):
+        before = [row["policy/grad_norm"] for row in rows[max(0, end - HISTORY) : end] if 0 < row["policy/grad_norm"] < math.inf]
+        norm = rows[end]["policy/grad_norm"]
+        if len(before) >= WINDOW and norm > SPIKE * median(before):
+            found[rows[end]["iteration"]] = norm / median(before)
+    return found
 
-    Looks only at the end of a window, and only on rank 0.
-    """
-    if launch_rank() != 0 or iteration % WINDOW or iteration < WINDOW * EVALUATIONS:
-        return
-    rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()][-WINDOW * EVALUATIONS :]
-    means = {
-        name: [sum(row[name] for row in rows[start : start + WINDOW]) / WINDOW for start in range(0, len(rows), WINDOW)]
-        for name in rows[0]
-        if name.startswith(("reward/", "held_out/")) and name.endswith("_mean") and all(name in row for row in rows)
-    }
-    trained = {name: values for name, values in means.items() if name.startswith("reward/")}
-    for name, values in means.items():
-        falls = all(later < earlier for earlier, later in pairwise(values))
-        if name.startswith("held_out/") and falls and all(values[-1] > values[0] for values in trained.values()):
-            warn(
-                f"over-optimisation: since iteration {rows[0]['iteration']} {name} fell from {values[0]:.4g} to {values[-1]:.4g} while "
-                + ", ".join(f"{other} rose from {values[0]:.4g} to {values[-1]:.4g}" for other, values in trained.items())
-                + ". An earlier checkpoint may be better; a --kl_weight or another trained reward holds it back"
+
+def gradient_spike(rows: Rows) -> Trouble | None:
+    """The last iteration's gradient norm is one. Clipping has held it back, so it is only worth a warning."""
+    found = spikes(rows)
+    if not rows or (iteration := rows[-1]["iteration"]) not in found:
+        return None
+    return Trouble(f"policy/grad_norm spikes to {found[iteration]:.3g} times its usual value in iteration {iteration}", iteration)
+
+
+def gradient_spikes(rows: Rows) -> Trouble | None:
+    """The last iteration's gradient norm is a spike, and not the only one."""
+    found = spikes(rows)
+    if len(found) < SPIKES or rows[-1]["iteration"] not in found:
+        return None
+    message = (
+        f"gradients out of bounds: policy/grad_norm was above {SPIKE:g} times its usual value in iterations {', '.join(map(str, found))}"
+    )
+    return Trouble(message, min(found), "a lower --max_grad_norm or --learning_rate, or more --prompts_per_iteration")
+
+
+# ------------------------------------------------------------------------------------------------ rules for the end of each window
+
+
+def windows(rows: Rows) -> list[Rows]:
+    """The rows in windows, back from the end, the last first; what is left over at the beginning is dropped."""
+    return [rows[end - WINDOW : end] for end in range(len(rows), WINDOW - 1, -WINDOW)]
+
+
+def names(rows: Rows, prefix: str) -> list[str]:
+    """The rewards whose means all rows have, as PREFIX/NAME."""
+    keys = [key for key in (rows[0] if rows else ()) if key.startswith(f"{prefix}/") and key.endswith("_mean")]
+    return [key.removesuffix("_mean") for key in keys if all(key in row for row in rows)]
+
+
+def mean(rows: Rows, name: str, key: str = "mean") -> float:
+    return fmean(row[f"{name}_{key}"] for row in rows)
+
+
+def reward_collapse(rows: Rows) -> Trouble | None:
+    """A trained reward's mean over the last window fell below its best one by COLLAPSE_STD of the samples."""
+    now, *earlier = windows(rows) or [[]]
+    for name in names(now, "reward"):
+        best = max((window for window in earlier if name in names(window, "reward")), key=lambda window: mean(window, name), default=now)
+        # The spread at the best time; where all was perfect then, that of now, with the differences between iterations' prompts.
+        spread = math.sqrt(fmean(row[f"{name}_std"] ** 2 for row in now) + pvariance(row[f"{name}_mean"] for row in now))
+        std = max(mean(best, name, "std"), spread)
+        if mean(best, name) - mean(now, name) > COLLAPSE_STD * std:
+            first, last = best[0]["iteration"], best[-1]["iteration"]
+            message = (
+                f"reward collapse: {name}_mean fell from {mean(best, name):.4g} in iterations {first} to {last} to {mean(now, name):.4g} "
+                f"in the last {WINDOW}, by more than the samples' standard deviation, {std:.3g}"
             )
+            return Trouble(message, last + 1, "a lower --learning_rate or --max_grad_norm, or a --kl_weight")
+    return None
+
+
+def no_signal(rows: Rows) -> Trouble | None:
+    """In no iteration of the last window could the rewards tell a group's samples apart."""
+    now = (windows(rows) or [[]])[0]
+    if not now or min(row["reward/zero_std_frac"] for row in now) < ZERO_STD_FRAC:
+        return None
+    message = (
+        f"no signal: in each of the last {WINDOW} iterations reward/zero_std_frac was {ZERO_STD_FRAC} or more, so there is nothing to learn"
+    )
+    return Trouble(message, now[0]["iteration"], "a softer reward, more --num_generations or a higher --noise_level")
+
+
+def over_optimization(rows: Rows) -> Trouble | None:
+    """Over the last EVALUATIONS windows all trained rewards rose while a held-out one fell each time."""
+    seen = windows(rows)[:EVALUATIONS][::-1]
+    if len(seen) < EVALUATIONS:
+        return None
+    rows = [row for window in seen for row in window]
+    trained = {name: [mean(window, name) for window in (seen[0], seen[-1])] for name in names(rows, "reward")}
+    for name in names(rows, "held_out"):
+        values = [mean(window, name) for window in seen]
+        if all(later < earlier for earlier, later in pairwise(values)) and all(last > first for first, last in trained.values()):
+            rose = ", ".join(f"{other}_mean rose from {a:.4g} to {b:.4g}" for other, (a, b) in trained.items())
+            message = (
+                f"over-optimisation: since iteration {rows[0]['iteration']} {name}_mean fell from {values[0]:.4g} to {values[-1]:.4g} "
+                f"while {rose}. An earlier checkpoint may be better; a --kl_weight or another trained reward holds it back"
+            )
+            return Trouble(message, rows[0]["iteration"])
+    return None
+
+
+# ------------------------------------------------------------------------------------------------------------- the way back
+
+
+def best_checkpoint(output_dir: Path, checkpoints: list[Path]) -> Path | None:
+    """Of folders iteration_NNNNNN the one with the best held-out rewards; the last of equals; None without held-out rewards.
+
+    What counts is the gain since the run's first WINDOW iterations, in standard deviations that the samples had then, of the means over
+    the last WINDOW iterations before the checkpoint, averaged over the held-out rewards.
+    """
+    metrics = output_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    scores = {}
+    for checkpoint in sorted(checkpoints):
+        until = [row for row in rows if row["iteration"] <= iteration_of(checkpoint)]
+        gains = []
+        for name in names(until[-1:], "held_out"):
+            first = [row for row in rows if f"{name}_mean" in row][:WINDOW]
+            last = [row for row in until if f"{name}_mean" in row][-WINDOW:]
+            gains.append((mean(last, name) - mean(first, name)) / (mean(first, name, "std") or 1))
+        if gains:
+            scores[checkpoint] = fmean(gains)
+    return max(reversed(scores), key=lambda checkpoint: scores[checkpoint]) if scores else None
+
+
+def iteration_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("iteration_"))
+
+
+def way_back(output_dir: Path, iteration: int, trouble: Trouble, keep: int) -> str:
+    """What to do, and from which checkpoint: the best, or the newest from before, of those that will be there once `iteration` is saved."""
+    folder = output_dir / "checkpoints"
+    there = sorted(path for path in folder.glob("iteration_*") if iteration_of(path) < iteration)
+    best = best_checkpoint(output_dir, [*there, folder / f"iteration_{iteration:06d}"])
+    good = [path for path in there[len(there) - (keep - 1) :] if iteration_of(path) < trouble.since]
+    if best in there:
+        good.append(best)
+    if not good:
+        return f"No checkpoint from before is kept: start again in another --output_dir, with {trouble.cure}"
+    again = f"write {good[-1].name} into {folder / 'latest'}, and give the same command with --allow_changed_args"
+    return f"To go back, {again} and {trouble.cure}"

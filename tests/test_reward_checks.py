@@ -1,4 +1,4 @@
-"""Around the rewards: what is logged of each, held-out rewards and the warning of over-optimisation, and the check before training."""
+"""Around the rewards: what is logged of each, held-out rewards, and the check before training."""
 
 import json
 
@@ -7,7 +7,6 @@ import torch
 from conftest import REPOSITORY, metrics_of
 
 from fastvideo.distributed import UserError
-from fastvideo.guards import EVALUATIONS, WINDOW, warn_of_over_optimization
 from fastvideo.rewards import load_rewards, parse_rewards
 from fastvideo.rewards.preflight import preflight, preflight_alone
 from fastvideo.rewards.statistics import group_statistics
@@ -54,36 +53,6 @@ def test_bad_flags(train, tmp_path, flags, message):
     result = train(tmp_path / "run", flags, check=False)
     assert result.returncode == 2
     assert message in result.stderr
-
-
-def warnings(folder, capsys, trained, held_out) -> str:
-    """What is said over a run in which each window's mean is as given."""
-    rows = [
-        {"iteration": WINDOW * i + j + 1, "reward/a_mean": a + 0.3 * (-1) ** j, "held_out/b_mean": b - 0.1 * (-1) ** j}
-        for i, (a, b) in enumerate(zip(trained, held_out))
-        for j in range(WINDOW)
-    ]
-    for row in rows:
-        with (folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        warn_of_over_optimization(folder, row["iteration"])
-    return capsys.readouterr().err
-
-
-def test_over_optimisation_is_said(tmp_path, capsys):
-    said = warnings(tmp_path, capsys, [0.1, 0.2, 0.3, 0.25, 0.4], [0.5, 0.9, 0.8, 0.7, 0.6])
-    assert said.count("warning: over-optimisation") == 1
-    assert f"since iteration {WINDOW + 1} held_out/b_mean fell from 0.9 to 0.6 while reward/a_mean rose from 0.2 to 0.4" in said
-
-
-@pytest.mark.parametrize(
-    ("trained", "held_out"),
-    [([0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.85, 0.7]), ([0.4, 0.3, 0.2, 0.1], [0.9, 0.8, 0.7, 0.6]), ([0.1, 0.2, 0.3], [0.9, 0.8, 0.7])],
-    ids=["it_rose_once", "all_fall", "too_early"],
-)
-def test_no_false_alarm(tmp_path, capsys, trained, held_out):
-    assert EVALUATIONS == 4
-    assert warnings(tmp_path, capsys, trained, held_out) == ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------- preflight
