@@ -35,8 +35,9 @@ from fastvideo.zero import full_state_dict
 def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: int, keep: int, ranks: Ranks) -> None:
     """Collective. Write `checkpoints/iteration_NNNNNN` under `output_dir`, point `checkpoints/latest` at it, keep the newest `keep`.
 
-    The best one by held-out rewards, if the run has any, is kept besides, and `checkpoints/best` names it. A process killed at any moment, or UserError for what cannot be written, leaves the previous checkpoint in force: the new one gets its
+    A process killed at any moment, or UserError for what cannot be written, leaves the previous checkpoint in force: the new one gets its
     name only once all of it is on disk. Later ones, left by who went back to an earlier one, are deleted. All nodes share `output_dir`.
+    Besides the newest, the best one by held-out rewards is kept, and `checkpoints/best` names it; without such rewards there is none.
     """
     folder = output_dir / "checkpoints"
     name = f"iteration_{iteration:06d}"
