@@ -7,12 +7,9 @@ has a checksum of each file and of itself.
 """
 
 import json
-import re
 import shutil
-import zlib
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +25,7 @@ from fastvideo import guards
 from fastvideo.distributed import Ranks, UserError, all_gather_object, on_main, together
 from fastvideo.ema import EMA
 from fastvideo.files import crc32, rename_folder, sync, whole_file, whole_folder, writing
+from fastvideo.integrity import checksum, latest, naming_the_last, verify, way_back
 from fastvideo.shards import Fragment, adam_shards, fragments, master_shards, parameter_shapes, refresh_weights, set_updates
 from fastvideo.zero import full_state_dict
 
@@ -69,7 +67,7 @@ def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: 
         state |= {"world_size": ranks.world_size, "sp_size": ranks.sp_size, "zero_stage": engine.zero_optimization_stage()}
         state |= {"files": files, "parameters": parameter_shapes(engine)}
         with writing(folder / name):
-            (temporary / "state.json").write_text(json.dumps(state | {"crc32": _checksum(state)}, indent=2))
+            (temporary / "state.json").write_text(json.dumps(state | {"crc32": checksum(state)}, indent=2))
             rename_folder(temporary, folder / name)
             earlier = sorted(path for path in folder.glob("iteration_*") if path.name < name)
             kept = {folder / name, *earlier[len(earlier) - (keep - 1) :]}
@@ -95,51 +93,15 @@ def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: 
             raise
 
 
-@contextmanager
-def naming_the_last(output_dir: Path) -> Iterator[None]:
-    """UserError that is raised inside also says which checkpoint the same command will go on from."""
-    try:
-        yield
-    except UserError as error:
-        newest = latest(output_dir / "checkpoints")
-        raise UserError(f"{error}; {f'the last whole checkpoint is {newest.name}' if newest else 'there is no checkpoint yet'}") from error
-
-
-def latest(folder: Path) -> Path | None:
-    """The checkpoint under `folder` that `latest` names, or the newest one where a kill came before `latest` was written; None without.
-
-    Raises UserError where `latest` names none, or one that is gone.
-    """
-    pointer = folder / "latest"
-    if not pointer.exists():
-        return max(folder.glob("iteration_*"), default=None)
-    name = pointer.read_bytes().decode(errors="replace").strip()
-    if not re.fullmatch(r"iteration_\d+", name):
-        raise UserError(f"{pointer} is damaged: it holds {name[:60]!r} and not the name of a checkpoint; {_way_back(folder)}")
-    if not (folder / name / "state.json").exists():
-        raise UserError(f"{pointer} names {name}, which is not there or has no state.json; {_way_back(folder, name)}")
-    return folder / name
-
-
-def _way_back(folder: Path, damaged: str | None = None) -> str:
-    """What to do: the newest checkpoint that is whole, of those before the one named `damaged`."""
-    for checkpoint in sorted(folder.glob("iteration_*"), reverse=True):
-        with suppress(UserError):
-            if damaged is None or checkpoint.name < damaged:
-                _verify(checkpoint)
-                return f"to go on from the newest whole checkpoint before, write {checkpoint.name} into {folder / 'latest'}"
-    return "there is no whole checkpoint before it: begin anew in another --output_dir"
-
-
 def load(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path) -> int:
     """Collective. Restore weights, optimizer, schedule and EMA of a fresh engine; returns the checkpoint's iteration.
 
     Raises UserError if a file is missing or damaged, or the checkpoint is of another dtype, of other parameters, or EMA is in one only.
     """
     try:
-        state = together(lambda: _verify(checkpoint, dist.get_rank(), dist.get_world_size()))
+        state = together(lambda: verify(checkpoint, dist.get_rank(), dist.get_world_size()))
     except UserError as error:
-        raise UserError(f"{error}; {on_main(lambda: _way_back(checkpoint.parent, checkpoint.name))}") from error
+        raise UserError(f"{error}; {on_main(lambda: way_back(checkpoint.parent, checkpoint.name))}") from error
     together(lambda: _check_state(engine, ema, checkpoint, state))
     set_updates(engine, state["updates"])
     together(lambda: _read_shards(engine, ema, checkpoint, state["files"]))
@@ -159,29 +121,6 @@ def _own_fragments(engine: DeepSpeedEngine, ranks: Ranks) -> list[list[Fragment]
     if engine.zero_optimization_stage() == 0:
         return [part if index % ranks.world_size == ranks.rank else [] for index, part in enumerate(parts)]
     return parts
-
-
-def _checksum(state: dict[str, Any]) -> int:
-    """Of state.json: of all that is in it but the checksum."""
-    return zlib.crc32(json.dumps({key: value for key, value in state.items() if key != "crc32"}).encode())
-
-
-def _verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
-    """What is in state.json. UserError unless it and this process's share of the files are what was saved."""
-    path = checkpoint / "state.json"
-    try:
-        state = json.loads(path.read_bytes())
-        if not isinstance(state, dict) or state.get("crc32") != _checksum(state):
-            raise UserError(f"{path} is damaged, or of an earlier version: it does not have its checksum")
-        for name, saved in sorted(state["files"].items())[rank::world_size]:
-            path = checkpoint / name
-            if path.stat().st_size != saved["size"]:
-                raise UserError(f"{path} has {path.stat().st_size} bytes, but {saved['size']} were saved: the checkpoint is damaged")
-            if crc32(path) != saved["crc32"]:
-                raise UserError(f"{path} is damaged: it does not have the checksum that was saved")
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
-    return state
 
 
 def _check_state(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path, state: dict[str, Any]) -> None:

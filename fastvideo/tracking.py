@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastvideo.distributed import Ranks, UserError, all_gather_object, on_main
 from fastvideo.files import whole_file, writing
+from fastvideo.integrity import naming_the_last
 from fastvideo.media import save_samples
 
 
@@ -50,8 +51,6 @@ class Tracker:
         on_main(start)
 
     def _write(self, function: Callable[[], None]) -> None:
-        from fastvideo.checkpoint import naming_the_last  # not above: evaluation draws curves without DeepSpeed
-
         with naming_the_last(self.path.parent):
             on_main(function)
 
