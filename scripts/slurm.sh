@@ -1,0 +1,155 @@
+#!/usr/bin/env bash
+# Runs a script on all nodes of a SLURM job: training, preprocess/*.py, evaluate.py, or scripts/train_*.sh and scripts/preprocess_*.sh with
+# their settings. From the repository's root, on a file system that all nodes share:
+#
+#   sbatch --nodes=4 --gpus-per-node=8 scripts/slurm.sh train_grpo_flux.py --output_dir runs/flux --model ...
+#   MODEL=... EMBEDDINGS=... HPS=... CLIP=... sbatch --nodes=4 --gpus-per-node=8 scripts/slurm.sh scripts/train_flux.sh --output_dir runs/flux
+#
+# Preempted, requeued, or near the time limit (five minutes before it, --signal), the run saves, and the job goes on by itself when it is
+# started again. What crashes is started again within the job, but not forever: after MAX_TRIES starts (3) in a row in which no new
+# iteration was finished the job ends. A mistake in the command ends it at once. docs/clusters.md tells it all.
+#
+# sbatch's own flags override those below. Further settings, as environment variables: PROCESSES, a node (its GPUs; 1 on CPUs), LOGS
+# (logs/JOB), MAX_TRIES, MASTER_ADDR, MASTER_PORT.
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --signal=B:USR1@300
+
+cd "$SLURM_SUBMIT_DIR" || exit
+if [ ! -f scripts/slurm_node.py ]; then
+    echo "error: $SLURM_SUBMIT_DIR is not the repository's root: submit from there" >&2
+    exit 2
+fi
+source scripts/setup.sh requirements.txt
+[ $# -gt 0 ] || fail "name a script: sbatch scripts/slurm.sh train_grpo_flux.py --output_dir ..."
+
+# The processes, and how they meet.
+gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)}
+if [ "$gpus" -gt 0 ]; then
+    export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+else
+    export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
+    gpus=1
+fi
+export NNODES=$SLURM_JOB_NUM_NODES GPUS=${PROCESSES:-$gpus} MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 10000))}
+MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+export MASTER_ADDR LOGS=${LOGS:-$PWD/logs/${job:-$SLURM_JOB_ID}} FASTVIDEO_ERROR_FILE
+FASTVIDEO_ERROR_FILE=$LOGS/error
+mkdir -p "$LOGS"
+
+# What a node runs. The scripts of scripts/ call torchrun too: for them it is this function.
+# shellcheck disable=SC2016
+node='export NODE_RANK=$SLURM_NODEID
+torchrun() { exec python scripts/slurm_node.py "$@"; }
+export -f torchrun
+case $1 in
+*.sh) exec bash "$@" ;;
+*) torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$GPUS" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@" ;;
+esac'
+
+output_dir=${OUTPUT_DIR:-}
+previous=
+for word in "$@"; do
+    case $previous/$word in
+    */--output_dir=*) output_dir=${word#*=} ;;
+    --output_dir/*) output_dir=$word ;;
+    esac
+    previous=$word
+done
+
+progress() { # how many iterations have been finished, or how many files of embeddings or pictures
+    { cat "$output_dir/metrics.jsonl" || find "$output_dir" -maxdepth 1 -name 'shard-*' -o -maxdepth 1 -name '*.png' || true; } 2>/dev/null | wc -l
+}
+
+say() {
+    echo "$(date '+%F %T') slurm.sh: $*"
+}
+
+requeue() { # to be started again by SLURM
+    trap '' TERM # which this brings
+    say "$1: the job is queued again"
+    scontrol requeue "$SLURM_JOB_ID" || fail "SLURM does not queue job $SLURM_JOB_ID again: submit it again, and it goes on"
+    exit 0
+}
+
+rank=0 code=0
+read_failure() { # which rank failed first, and how
+    if compgen -G "$LOGS/failed.*" >/dev/null; then
+        read -r _ rank code < <(sort -n "$LOGS"/failed.* | head -n 1)
+    fi
+}
+
+warned=''
+on_warning() { # only this shell gets --signal=B:USR1: pass it on
+    say "the time limit is near (SIGUSR1): the run is asked to save and stop"
+    warned=1
+    scancel --signal=USR1 "$SLURM_JOB_ID"
+}
+
+ended=''
+on_end() { # SLURM has sent SIGTERM to all processes, and sends SIGKILL after its KillWait
+    ended=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'Reason=[A-Za-z]*' || echo unknown)
+    say "SLURM ends this start (SIGTERM, $ended)"
+    if [ "$ended" = Reason=TimeLimit ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "$tries $best" >"$LOGS/tries" # it is not the run's fault, so that this start does not count
+    fi
+}
+
+tries=0 best=$(progress)
+if [ -f "$LOGS/tries" ]; then
+    read -r tries best <"$LOGS/tries"
+fi
+trap on_warning USR1
+trap on_end TERM
+touch "$LOGS/rank_0.log"
+(trap '' TERM && exec tail -n 0 -F "$LOGS/rank_0.log" 2>/dev/null) &
+tail=$!
+disown
+trap 'sleep 1; kill -KILL $tail' EXIT # it may be a second late
+
+while true; do
+    done_before=$(progress)
+    if [ "$done_before" -gt "$best" ]; then
+        tries=0 best=$done_before
+    fi
+    if [ "$tries" -ge "${MAX_TRIES:-3}" ]; then
+        read_failure
+        say "$tries starts in a row have finished no new iteration: giving up. The last lines of rank $rank, which failed first (exit code $code):"
+        tail -n 40 "$LOGS/rank_$rank.log"
+        exit 1
+    fi
+    echo "$((tries + 1)) $best" >"$LOGS/tries"
+    rm -f "$LOGS"/failed.* "$FASTVIDEO_ERROR_FILE"
+    say "start on $SLURM_JOB_NODELIST, $NNODES x $GPUS processes, logs in $LOGS: $*"
+    srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
+        --kill-on-bad-exit=1 bash -c "$node" bash "$@" &
+    step=$!
+    status=128
+    while [ "$status" -ge 128 ] && kill -0 "$step" 2>/dev/null; do # a trap interrupts `wait`
+        status=0
+        wait "$step" || status=$?
+    done
+    [ -z "$ended" ] || exit 143
+    [ "$status" -ne 0 ] || exit 0
+    [ -z "$warned" ] || requeue "stopped near the time limit"
+
+    code=$status
+    read_failure
+    case $code in
+    2)
+        say "a mistake that another start would repeat: $(cat "$FASTVIDEO_ERROR_FILE" 2>/dev/null || tail -n 40 "$LOGS/rank_$rank.log")"
+        exit 2
+        ;;
+    138 | 143) # SIGUSR1, SIGTERM, but SLURM has not ended the job: a preemption with a grace time
+        echo "$tries $best" >"$LOGS/tries"
+        requeue "stopped by a signal"
+        ;;
+    esac
+    say "rank $rank failed with exit code $code"
+    tries=$((tries + 1))
+done
