@@ -7,7 +7,7 @@ import json
 import math
 from itertools import pairwise
 from pathlib import Path
-from statistics import fmean, median, pvariance
+from statistics import fmean, median, pstdev
 from typing import Any, NamedTuple
 
 from fastvideo.distributed import UserError, on_main, warn
@@ -17,10 +17,11 @@ Rows = list[dict[str, float]]
 WINDOW = 10  # iterations whose mean is one evaluation: enough prompts for their mix to matter little
 EVALUATIONS = 4  # in a row, in which a held-out reward must fall each time for a warning
 COLLAPSE_STD = 1.0  # standard deviations of the samples: now the average one is as bad as the bad ones were at the best time
+PROMPTS_STD = 2.0  # standard deviations of the iterations' means
 ZERO_STD_FRAC = 0.95  # groups that teach nothing: the few others are too few for a direction
 FAR = 100  # clip ranges: clipping has held nothing back
-KL = 1.0  # an element, to the initial policy: the steps' means are off by more than the noise that they are drawn with
-SPIKE = 10.0  # times the median of the iterations before, HISTORY of them
+KL = 0.1  # an element: the steps' means are off by almost half of the noise that they are drawn with
+SPIKE = 10.0  # times the median of the iterations before, HISTORY of them, at least WINDOW
 HISTORY = 20
 SPIKES = 3  # in one window: more than a bad batch
 
@@ -78,8 +79,10 @@ def unchanged_since(manifest: dict[str, Any]) -> int:
 def policy_explosion(rows: Rows, clip_range: float) -> Trouble | None:
     """One iteration's updates have moved the policy further than clipping can explain, or to numbers that are none."""
     row, cure = rows[-1] if rows else {}, "a lower --learning_rate or --max_grad_norm, or fewer --updates_per_iteration"
-    # A log-prob off by d, as seen by the KL's estimate: d^2 / 2.
-    for name, most in (("approx_kl", min(FAR * clip_range, 1) ** 2 / 2), ("kl", KL), ("grad_norm", math.inf)):
+    # To the old policy, from log-probs that are off by d: d^2 / 2. To the initial one it grows in health too, but not at once.
+    before = [row["policy/kl"] for row in rows[-HISTORY - 1 : -1] if "policy/kl" in row]
+    most_kl = max(KL, SPIKE * median(before)) if len(before) >= WINDOW else math.inf
+    for name, most in (("approx_kl", min(FAR * clip_range, 1) ** 2 / 2), ("kl", most_kl), ("grad_norm", math.inf)):
         value = row.get(f"policy/{name}", 0.0)
         if not (math.isfinite(value) and value <= most):
             above = f", above {most:.3g}" if math.isfinite(value) else ""
@@ -136,20 +139,19 @@ def mean(rows: Rows, name: str, key: str = "mean") -> float:
 
 
 def reward_collapse(rows: Rows) -> Trouble | None:
-    """A trained reward's mean over the last window fell below its best one by COLLAPSE_STD of the samples."""
+    """A trained reward's mean over the last window fell far below its best one, or below the first iteration's."""
     now, *earlier = windows(rows) or [[]]
+    earlier.append(rows[:1])  # the model as it came, which may not last for a whole window
     for name in names(now, "reward"):
         best = max((window for window in earlier if name in names(window, "reward")), key=lambda window: mean(window, name), default=now)
-        # The spread at the best time; where all was perfect then, that of now, with the differences between iterations' prompts.
-        spread = math.sqrt(fmean(row[f"{name}_std"] ** 2 for row in now) + pvariance(row[f"{name}_mean"] for row in now))
-        std = max(mean(best, name, "std"), spread)
-        if mean(best, name) - mean(now, name) > COLLAPSE_STD * std:
-            first, last = best[0]["iteration"], best[-1]["iteration"]
+        # Of the samples, then or now: where all was perfect, then has none. Of the iterations' means: an iteration may draw easy prompts.
+        std, mix = max(mean(best, name, "std"), mean(now, name, "std")), pstdev(row[f"{name}_mean"] for row in now)
+        if mean(best, name) - mean(now, name) > COLLAPSE_STD * std + PROMPTS_STD * mix:
             message = (
-                f"reward collapse: {name}_mean fell from {mean(best, name):.4g} in iterations {first} to {last} to {mean(now, name):.4g} "
-                f"in the last {WINDOW}, by more than the samples' standard deviation, {std:.3g}"
+                f"reward collapse: {name}_mean fell from {mean(best, name):.4g} by iteration {best[-1]['iteration']} to {mean(now, name):.4g} "
+                f"by {now[-1]['iteration']}, with a standard deviation of {std:.3g} over samples and of {mix:.3g} over iterations"
             )
-            return Trouble(message, last + 1, "a lower --learning_rate or --max_grad_norm, or a --kl_weight")
+            return Trouble(message, best[-1]["iteration"] + 1, "a lower --learning_rate or --max_grad_norm, or a --kl_weight")
     return None
 
 

@@ -2,9 +2,11 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
+from conftest import largest_difference, metrics_of, weights_of
 
 from fastvideo import guards
 from fastvideo.guards import EVALUATIONS, HISTORY, SPIKES, WINDOW
@@ -85,10 +87,17 @@ def test_reward_collapse(run):
     warnings, errors = run.go(curve(*line(0.5, 0.7, 40), *line(0.7, 0.2, 10), *[0.2] * 20))
     (warning,) = warnings  # not again at the end of each window
     assert warning.startswith("warning: reward collapse: reward/a_mean fell from 0.6")
-    assert "in iterations 31 to 40 to 0." in warning
+    assert " by iteration 40 to 0.2" in warning
     assert list(errors) == [60, 70]
     assert "write iteration_000040 into" in errors[60]
     assert "give the same command with --allow_changed_args and a lower --learning_rate" in errors[60]
+
+
+def test_collapse_within_the_first_window(run):
+    """As the quickstart's run with 100 times its learning rate: nothing is left after four iterations."""
+    warnings, errors = run.go(curve(*line(0.6, 0.1, 5), *[0.1] * 25))
+    assert list(errors) == [20, 30]
+    assert warnings[0].startswith("warning: reward collapse: reward/a_mean fell from 0.6") and " by iteration 1 to 0.1" in warnings[0]
 
 
 def test_a_perfect_reward_may_fall_by_what_its_failures_explain(run):
@@ -111,17 +120,23 @@ def test_no_signal(run):
 
 
 @pytest.mark.parametrize(
-    ("name", "healthy", "exploded"), [("approx_kl", 4.9e-5, 5.1e-5), ("kl", 0.99, 1.01), ("grad_norm", 1.0, float("nan"))]
+    ("name", "healthy", "exploded"),
+    [("approx_kl", 4.9e-5, 5.1e-5), ("kl", 0.099, 0.101), ("grad_norm", 0.1, float("nan")), ("approx_kl", 0.0, float("inf"))],
 )
 def test_policy_explosion(run, name, healthy, exploded):
-    rows = curve(*[0.5] * 15)
-    rows[3][f"policy/{name}"] = healthy
-    for i in (6, 7, 12):
+    rows = curve(*[0.5] * 25)
+    rows[13][f"policy/{name}"] = healthy
+    for i in (16, 17, 22):
         rows[i][f"policy/{name}"] = exploded
     warnings, errors = run.go(rows)
-    assert list(errors) == [7, 8, 13]
-    assert [warning.split(" is ")[0] for warning in warnings] == [f"warning: policy explosion: policy/{name}"] * 2  # at 7 and 13
-    assert "start again in another --output_dir, with a lower --learning_rate" in errors[7]
+    assert list(errors) == [17, 18, 23]
+    assert [warning.split(" is ")[0] for warning in warnings] == [f"warning: policy explosion: policy/{name}"] * 2  # at 17 and 23
+    assert "start again in another --output_dir, with a lower --learning_rate" in errors[17]
+
+
+def test_the_divergence_from_the_initial_policy_may_grow(run):
+    """As the square of the iterations, far beyond what would be an explosion if it came at once."""
+    assert run.go([row | {"policy/kl": 1e-4 * row["iteration"] ** 2} for row in curve(*[0.5] * 100)]) == ([], {})
 
 
 def test_a_wide_clip_range_has_a_bound_too():
@@ -234,3 +249,96 @@ def test_best_checkpoint(run):
     assert best(lambda iteration: "bc") == "iteration_000020"  # gains of (2 + 0.1) / 2, (1 + 0.4) / 2, (-1 + 0.45) / 2
     assert best(lambda iteration: "b" if iteration <= 30 else "") == "iteration_000020"  # dropped on a resume
     assert best(lambda iteration: "b" if iteration > 20 else "") == "iteration_000030"  # asked for on a resume
+
+
+# -------------------------------------------------------------------------------------------------------------------- real runs
+
+
+def names_in(checkpoints: Path) -> set[str]:
+    return {path.name for path in checkpoints.iterdir()}
+
+
+def test_stop_on_collapse_reaches_all_processes(train, tmp_path):
+    """A learning rate 100 times too high moves the policy out of all bounds in the first iteration, which is saved."""
+    run = tmp_path / "run"
+    result = train(run, {"--learning_rate": 1e-2}, "--stop_on_collapse", processes=2, check=False)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+    sentences = {line for line in result.stderr.splitlines() if line.startswith("error: ")}
+    assert len(sentences) == 1, result.stderr
+    assert "error: policy explosion: policy/approx_kl is " in result.stderr
+    assert len(metrics_of(run)) == 1
+    assert names_in(run / "checkpoints") == {"iteration_000001", "latest"}
+    assert result.stderr.count("warning: policy explosion") == 1
+
+
+def test_best_checkpoint_is_kept(train, finished_run, tmp_path):
+    """The learning rate breaks the model, so that what is held out is at its best in the beginning; two starts are as one."""
+    flags = {
+        "--rewards": "shapes",
+        "--held_out_rewards": "aesthetic",
+        "--learning_rate": 1e-2,
+        "--checkpoint_every": 1,
+        "--keep_checkpoints": 1,
+    }
+    run = tmp_path / "run"
+    for iterations in (2, 4):
+        train(run, flags, {"--iterations": iterations})
+        held_out = [row["held_out/aesthetic_mean"] for row in metrics_of(run)]
+        assert held_out[0] > max(sum(held_out[:count]) / count for count in range(2, iterations + 1))
+        assert (run / "checkpoints" / "best").read_text() == "iteration_000001"
+        assert names_in(run / "checkpoints") == {"best", "latest", "iteration_000001", f"iteration_{iterations:06d}"}
+    assert names_in(finished_run / "checkpoints") == {"latest", "iteration_000002", "iteration_000004", "iteration_000006"}
+
+
+@pytest.mark.slow
+def test_a_run_stopped_by_a_collapse_goes_on(train, tmp_path):
+    """Its checkpoint is whole. The same command stops again; with other arguments the run has a new chance."""
+    run = tmp_path / "run"
+    for iterations in (1, 2):
+        assert train(run, {"--learning_rate": 1e-2}, "--stop_on_collapse", check=False).returncode == 2
+        assert len(metrics_of(run)) == iterations
+    result = train(run, {"--learning_rate": 1e-6}, "--stop_on_collapse", "--allow_changed_args")
+    assert "policy explosion" not in result.stderr
+    assert len(metrics_of(run)) == 3
+
+
+@pytest.mark.slow
+def test_best_checkpoint_is_exported(train, tmp_path):
+    """As docs/clusters.md says: its name into `latest`, and the same command with --iterations its number."""
+    flags = {
+        "--rewards": "shapes",
+        "--held_out_rewards": "aesthetic",
+        "--learning_rate": 1e-2,
+        "--checkpoint_every": 1,
+        "--keep_checkpoints": 1,
+    }
+    run, short = tmp_path / "run", tmp_path / "short"
+    train(run, flags, {"--iterations": 4})
+    train(short, flags, {"--iterations": 1})
+    assert largest_difference(weights_of(run / "export" / "transformer"), weights_of(short / "export" / "transformer")) > 0
+    best = (run / "checkpoints" / "best").read_text()
+    (run / "checkpoints" / "latest").write_text(best)
+    train(run, flags, {"--iterations": int(best.removeprefix("iteration_"))})
+    assert largest_difference(weights_of(run / "export" / "transformer"), weights_of(short / "export" / "transformer")) == 0
+
+
+@pytest.mark.slow
+def test_a_run_that_diverges_and_one_that_does_not(train, tmp_path):
+    """As many iterations as all rules need. One update an iteration cannot be seen to move the policy: only what comes of it."""
+    flags = {"--iterations": 3 * WINDOW, "--prompts_per_iteration": 4, "--checkpoint_every": 5, "--updates_per_iteration": 1}
+    for name, updates in (("one", 1), ("two", 2)):
+        healthy = train(tmp_path / name, flags, {"--updates_per_iteration": updates}, "--stop_on_collapse")
+        assert "warning: " not in healthy.stderr
+    run = tmp_path / "run"
+    result = train(run, flags, {"--learning_rate": 1e-2, "--keep_checkpoints": 100}, "--stop_on_collapse", check=False)
+    assert result.returncode == 2
+    (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert sentence.startswith("error: reward collapse: reward/aesthetic_mean fell from ")
+    saved = (run / "checkpoints" / "latest").read_text()
+    assert int(saved.removeprefix("iteration_")) == len(metrics_of(run))
+    earlier = re.search("write (iteration_0000[0-9]+) into", sentence)[1]
+    assert earlier < saved
+    (run / "checkpoints" / "latest").write_text(earlier)
+    train(run, flags, {"--learning_rate": 1e-6}, "--stop_on_collapse", "--allow_changed_args")
+    assert len(metrics_of(run)) == 3 * WINDOW
