@@ -461,7 +461,7 @@ def main() -> None:
 
     # Rewards, models, engine.
     check_encoder(cache, args.model)
-    rewards = load_rewards(parse_rewards(args.rewards + args.held_out_rewards), device)
+    rewards = load_rewards(parse_rewards(args.rewards + args.held_out_rewards), device, cache.rows[: cache.num_prompts])
     weights = dict(zip(rewards, args.reward_weights))  # of those that are trained on
     unet, vae = load_models(args, dtype, ranks)
     distributed.together(lambda: load_cond(cache, [0], unet, vae, args))  # a cache that does not fit is refused now
