@@ -144,14 +144,15 @@ def reward_collapse(rows: Rows) -> Trouble | None:
     earlier.append(rows[:1])  # the model as it came, which may not last for a whole window
     for name in names(now, "reward"):
         best = max((window for window in earlier if name in names(window, "reward")), key=lambda window: mean(window, name), default=now)
+        before, after, until = mean(best, name), mean(now, name), best[-1]["iteration"]
         # Of the samples, then or now: where all was perfect, then has none. Of the iterations' means: an iteration may draw easy prompts.
         std, mix = max(mean(best, name, "std"), mean(now, name, "std")), pstdev(row[f"{name}_mean"] for row in now)
-        if mean(best, name) - mean(now, name) > COLLAPSE_STD * std + PROMPTS_STD * mix:
+        if before - after > COLLAPSE_STD * std + PROMPTS_STD * mix:
             message = (
-                f"reward collapse: {name}_mean fell from {mean(best, name):.4g} by iteration {best[-1]['iteration']} to {mean(now, name):.4g} "
-                f"by {now[-1]['iteration']}, with a standard deviation of {std:.3g} over samples and of {mix:.3g} over iterations"
+                f"reward collapse: {name}_mean fell from {before:.4g} by iteration {until} to {after:.4g} by {now[-1]['iteration']}, "
+                f"with a standard deviation of {std:.3g} over samples and of {mix:.3g} over iterations"
             )
-            return Trouble(message, best[-1]["iteration"] + 1, "a lower --learning_rate or --max_grad_norm, or a --kl_weight")
+            return Trouble(message, until + 1, "a lower --learning_rate or --max_grad_norm, or a --kl_weight")
     return None
 
 
