@@ -114,9 +114,9 @@ def test_preflight_of_a_servers_reward_by_its_name_there():
     preflight({"http.mine": by_server("clip.large", 1, 0)}, PICTURES[:1], {"prompt": "a dog"})
     preflight({"http": by_server("clip", 0, 0)}, PICTURES[:1], {"prompt": "a dog"})
     preflight({"http.clip": by_server("unknown", 0, 1)}, PICTURES[:1], {"prompt": "a dog"})
-    for reward in (by_server("clip", 0, 1), by_server("", 0, 0)):
+    for name, reward in {"http.mine": by_server("clip", 0, 1), "clip": by_server("", 0, 0)}.items():
         with pytest.raises(UserError, match="gives a drawing of 'a red circle' 0 and noise"):
-            preflight({"clip": reward}, PICTURES[:1], {"prompt": "a dog"})
+            preflight({name: reward}, PICTURES[:1], {"prompt": "a dog"})
 
 
 def test_preflight_without_a_run(capsys):
