@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Encode a prompt file for HunyuanVideo on all GPUs of this machine, in bfloat16. From any folder:
 #   MODEL=/path/to/HunyuanVideo PROMPTS=prompts.txt OUTPUT_DIR=data/hunyuan_embeddings scripts/preprocess_hunyuan.sh [flags of preprocess/embed_hunyuan.py]
-# A killed run continues when started again. NUM_GPUS limits the number of processes.
+# A killed run continues when started again. GPUS limits the number of processes. On several nodes: docs/clusters.md.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --standalone --nproc_per_node "${NUM_GPUS:-gpu}" "$repository/preprocess/embed_hunyuan.py" \
+torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-gpu}" \
+  --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
+  "$repository/preprocess/embed_hunyuan.py" \
   --model "${MODEL:?set MODEL to the HunyuanVideo folder}" \
   --prompts "${PROMPTS:?set PROMPTS to a .txt or .jsonl prompt file}" \
   --output_dir "${OUTPUT_DIR:?set OUTPUT_DIR to the folder of the cache}" \

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Encode a prompt file for Stable Diffusion v1.4 on all GPUs of this machine, in bfloat16. From any folder:
 #   MODEL=/path/to/stable-diffusion-v1-4 PROMPTS=prompts.txt OUTPUT_DIR=data/sd_embeddings scripts/preprocess_sd.sh [flags of preprocess/embed_sd.py]
-# A killed run continues when started again. NUM_GPUS limits the number of processes.
+# A killed run continues when started again. GPUS limits the number of processes. On several nodes: docs/clusters.md.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --standalone --nproc_per_node "${NUM_GPUS:-gpu}" "$repository/preprocess/embed_sd.py" \
+torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-gpu}" \
+  --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
+  "$repository/preprocess/embed_sd.py" \
   --model "${MODEL:?set MODEL to the stable-diffusion-v1-4 folder}" \
   --prompts "${PROMPTS:?set PROMPTS to a .txt or .jsonl prompt file}" \
   --output_dir "${OUTPUT_DIR:?set OUTPUT_DIR to the folder of the cache}" \

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
 # Encode prompts and their reference images for SkyReels-V1-I2V on all GPUs of this machine, in bfloat16. From any folder:
 #   MODEL=/path/to/SkyReels-V1-I2V PROMPTS=prompts.jsonl OUTPUT_DIR=data/skyreels_embeddings scripts/preprocess_skyreels.sh [flags of preprocess/embed_skyreels.py]
-# A killed run continues when started again. NUM_GPUS limits the number of processes.
+# A killed run continues when started again. GPUS limits the number of processes. On several nodes: docs/clusters.md.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --standalone --nproc_per_node "${NUM_GPUS:-gpu}" "$repository/preprocess/embed_skyreels.py" \
+torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-gpu}" \
+  --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
+  "$repository/preprocess/embed_skyreels.py" \
   --model "${MODEL:?set MODEL to the SkyReels-V1-I2V folder}" \
   --prompts "${PROMPTS:?set PROMPTS to a .jsonl prompt file}" \
   --output_dir "${OUTPUT_DIR:?set OUTPUT_DIR to the folder of the cache}" \

@@ -10,20 +10,58 @@
 # iteration was finished the job ends. A mistake in the command ends it at once. docs/clusters.md tells it all.
 #
 # sbatch's own flags override those below. Further settings, as environment variables: PROCESSES, a node (its GPUs; 1 on CPUs), LOGS
-# (logs/JOB), MAX_TRIES, MASTER_ADDR, MASTER_PORT.
+# (logs/JOB), MAX_TRIES, MASTER_ADDR, MASTER_PORT, CONTAINER (what srun is given before the command).
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --signal=B:USR1@300
 
-cd "$SLURM_SUBMIT_DIR" || exit
-if [ ! -f scripts/slurm_node.py ]; then
-    echo "error: $SLURM_SUBMIT_DIR is not the repository's root: submit from there" >&2
+set -euo pipefail
+
+say() {
+    echo "$(date '+%F %T') slurm.sh: $*"
+}
+
+fail() {
+    echo "error: $*" >&2
     exit 2
+}
+
+requeue() { # to be started again by SLURM
+    trap '' TERM # which this brings
+    say "$1: the job is queued again"
+    scontrol requeue "$SLURM_JOB_ID" || fail "SLURM does not queue job $SLURM_JOB_ID again: submit it again, and it goes on"
+    exit 0
+}
+
+warned=''
+on_warning() { # only this shell gets --signal=B:USR1: pass it on
+    say "the time limit is near (SIGUSR1): the run is asked to save and stop"
+    warned=1
+    scancel --signal=USR1 "$SLURM_JOB_ID"
+}
+
+ended='' tries=''
+on_end() { # SLURM has sent SIGTERM to all processes, and sends SIGKILL after its KillWait
+    ended=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'Reason=[A-Za-z]*' || echo unknown)
+    say "SLURM ends this start (SIGTERM, $ended)"
+    if [ "$ended" = Reason=TimeLimit ]; then
+        scontrol requeue "$SLURM_JOB_ID" || true
+    elif [ -n "$tries" ]; then
+        echo "$tries $best" >"$LOGS/tries" # not the run's fault: this start does not count
+    fi
+}
+
+trap on_warning USR1
+trap on_end TERM
+
+cd "$SLURM_SUBMIT_DIR"
+[ -f scripts/slurm_node.py ] || fail "$PWD is not the repository's root: submit from there"
+[ -f "${1:-}" ] || fail "${1:-nothing} is no script: sbatch scripts/slurm.sh train_grpo_flux.py --output_dir ..."
+if [ -z "${CONTAINER:=}" ]; then
+    bash scripts/setup.sh requirements.txt # once, not on all nodes at the same time
 fi
-source scripts/setup.sh requirements.txt
-[ $# -gt 0 ] || fail "name a script: sbatch scripts/slurm.sh train_grpo_flux.py --output_dir ..."
 
 # The processes, and how they meet.
 gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)}
@@ -42,7 +80,8 @@ mkdir -p "$LOGS"
 
 # What a node runs. The scripts of scripts/ call torchrun too: for them it is this function.
 # shellcheck disable=SC2016
-node='export NODE_RANK=$SLURM_NODEID
+node='source scripts/setup.sh requirements.txt
+export NODE_RANK=$SLURM_NODEID
 torchrun() { exec python scripts/slurm_node.py "$@"; }
 export -f torchrun
 case $1 in
@@ -61,18 +100,7 @@ for word in "$@"; do
 done
 
 progress() { # how many iterations have been finished, or how many files of embeddings or pictures
-    { cat "$output_dir/metrics.jsonl" || find "$output_dir" -maxdepth 1 -name 'shard-*' -o -maxdepth 1 -name '*.png' || true; } 2>/dev/null | wc -l
-}
-
-say() {
-    echo "$(date '+%F %T') slurm.sh: $*"
-}
-
-requeue() { # to be started again by SLURM
-    trap '' TERM # which this brings
-    say "$1: the job is queued again"
-    scontrol requeue "$SLURM_JOB_ID" || fail "SLURM does not queue job $SLURM_JOB_ID again: submit it again, and it goes on"
-    exit 0
+    { cat "$output_dir/metrics.jsonl" || find "$output_dir" -maxdepth 2 \( -name 'shard-*' -o -name '*_*.png' \) || true; } 2>/dev/null | wc -l
 }
 
 rank=0 code=0
@@ -82,30 +110,10 @@ read_failure() { # which rank failed first, and how
     fi
 }
 
-warned=''
-on_warning() { # only this shell gets --signal=B:USR1: pass it on
-    say "the time limit is near (SIGUSR1): the run is asked to save and stop"
-    warned=1
-    scancel --signal=USR1 "$SLURM_JOB_ID"
-}
-
-ended=''
-on_end() { # SLURM has sent SIGTERM to all processes, and sends SIGKILL after its KillWait
-    ended=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'Reason=[A-Za-z]*' || echo unknown)
-    say "SLURM ends this start (SIGTERM, $ended)"
-    if [ "$ended" = Reason=TimeLimit ]; then
-        scontrol requeue "$SLURM_JOB_ID"
-    else
-        echo "$tries $best" >"$LOGS/tries" # it is not the run's fault, so that this start does not count
-    fi
-}
-
 tries=0 best=$(progress)
 if [ -f "$LOGS/tries" ]; then
     read -r tries best <"$LOGS/tries"
 fi
-trap on_warning USR1
-trap on_end TERM
 touch "$LOGS/rank_0.log"
 (trap '' TERM && exec tail -n 0 -F "$LOGS/rank_0.log" 2>/dev/null) &
 tail=$!
@@ -124,10 +132,13 @@ while true; do
         exit 1
     fi
     echo "$((tries + 1)) $best" >"$LOGS/tries"
+    [ -z "$ended" ] || exit 143
+    [ -z "$warned" ] || requeue "no time is left"
     rm -f "$LOGS"/failed.* "$FASTVIDEO_ERROR_FILE"
     say "start on $SLURM_JOB_NODELIST, $NNODES x $GPUS processes, logs in $LOGS: $*"
+    # shellcheck disable=SC2086
     srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
-        --kill-on-bad-exit=1 bash -c "$node" bash "$@" &
+        --kill-on-bad-exit=1 $CONTAINER bash -c "$node" bash "$@" &
     step=$!
     status=128
     while [ "$status" -ge 128 ] && kill -0 "$step" 2>/dev/null; do # a trap interrupts `wait`
@@ -142,7 +153,7 @@ while true; do
     read_failure
     case $code in
     2)
-        say "a mistake that another start would repeat: $(cat "$FASTVIDEO_ERROR_FILE" 2>/dev/null || tail -n 40 "$LOGS/rank_$rank.log")"
+        say "not started again, which would end the same way: $(cat "$FASTVIDEO_ERROR_FILE" 2>/dev/null || tail -n 40 "$LOGS/rank_$rank.log")"
         exit 2
         ;;
     138 | 143) # SIGUSR1, SIGTERM, but SLURM has not ended the job: a preemption with a grace time

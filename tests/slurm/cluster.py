@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
     munge = ["munged", "--foreground", "--force", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket"]
     munge += [f"--log-file={folder}/munged.log", f"--pid-file={folder}/munged.pid", f"--seed-file={folder}/munge.seed"]
     daemons = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C does, it comes to the end of this function
 
     def start(*command: str) -> None:
         # Sessions of their own: a Ctrl-C is for pytest alone, which then ends them in the right order.
@@ -116,6 +118,7 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def wait_for(condition, seconds: float, complaint: str) -> None:
@@ -126,9 +129,7 @@ def wait_for(condition, seconds: float, complaint: str) -> None:
         time.sleep(0.2)
 
 
-if __name__ == "__main__":  # by hand: python tests/slurm/cluster.py FOLDER
-    import sys
-
-    with slurm(Path(sys.argv[1])):
-        print(f"export SLURM_CONF={sys.argv[1]}/slurm.conf; end this one with Ctrl-C", flush=True)
-        signal.sigwait({signal.SIGINT, signal.SIGTERM})
+if __name__ == "__main__":  # by hand: python tests/slurm/cluster.py NEW_FOLDER
+    with contextlib.suppress(KeyboardInterrupt), slurm(Path(sys.argv[1])):
+        print(f"export SLURM_CONF={sys.argv[1]}/slurm.conf; end it with Ctrl-C", flush=True)
+        signal.pause()
