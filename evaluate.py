@@ -81,6 +81,7 @@ ARGUMENTS = {
     },
 }
 SAMPLING = tuple(dict.fromkeys(name for settings in ARGUMENTS.values() for name in settings))
+NUMBERS = {"above 0": " ".join(SAMPLING), "1 or more": "guidance_scale"}
 
 
 @dataclass
@@ -122,9 +123,7 @@ class Args:
 
     def __post_init__(self) -> None:
         parse_rewards(self.rewards)
-        check_numbers(
-            vars(self), {"above 0": f"num_seeds images_per_prompt batch_size {' '.join(SAMPLING)}", "1 or more": "guidance_scale"}
-        )
+        check_numbers(vars(self), NUMBERS | {"above 0": f"num_seeds images_per_prompt batch_size {NUMBERS['above 0']}"})
 
 
 def main() -> None:
@@ -199,7 +198,11 @@ def sampling_settings(args: Args, pipeline: DiffusionPipeline) -> dict[str, Any]
         manifest = args.checkpoint.parent / "manifest.json"
         if not manifest.is_file():
             raise UserError(f"--checkpoint {args.checkpoint} must be the export folder inside a run folder: there is no {manifest}")
-        of_run = json.loads(manifest.read_text())["sampling"]
+        try:
+            of_run = dict(json.loads(manifest.read_bytes())["sampling"])
+            check_numbers({name: of_run.get(name) for name in SAMPLING}, NUMBERS)
+        except (OSError, ValueError, TypeError, KeyError, RecursionError, UserError) as error:
+            raise UserError(f"{manifest} is damaged: {type(error).__name__}: {error}") from error
         if of_run.keys() != known.keys():
             raise UserError(
                 f"--checkpoint {args.checkpoint} is not of a {type(pipeline).__name__} as --model {args.model} is: see {manifest}"

@@ -12,16 +12,16 @@ from typing import Any
 
 import diffusers
 import PIL.Image
+import PIL.ImageOps
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from diffusers.utils import load_image
-from safetensors import SafetensorError
 from tqdm import tqdm
 
 from fastvideo.distributed import Ranks, UserError, compute_dtype, init
-from fastvideo.pretrained import first_line
+from fastvideo.pretrained import first_line, reading
 
+FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # of pictures; PIL would run Ghostscript on a PostScript file
 UNCONDITIONAL = {"prompt": ""}  # no row of `read_prompts` has an empty prompt
 
 
@@ -46,10 +46,8 @@ def load_encoders(pipeline_class: type[DiffusionPipeline], model_dir: str, **com
 
     Raises UserError for a folder or file that is missing or broken.
     """
-    try:
-        pipeline = pipeline_class.from_pretrained(model_dir, local_files_only=True, **components)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"--model: {model_dir} cannot be loaded as {pipeline_class.__name__}: {first_line(error)}") from error
+    with reading(Path(model_dir), f"--model: {model_dir} cannot be loaded as {pipeline_class.__name__}"):
+        pipeline = pipeline_class.from_pretrained(model_dir, local_files_only=True, use_safetensors=True, **components)
     for name in filter(lambda name: name.startswith("tokenizer"), pipeline.components):
         # Without these files transformers makes a tokenizer that knows no words, and says nothing.
         files = {kind: Path(model_dir) / name / file for kind, file in getattr(pipeline, name).vocab_files_names.items()}
@@ -58,6 +56,9 @@ def load_encoders(pipeline_class: type[DiffusionPipeline], model_dir: str, **com
             raise UserError(
                 f"--model: {Path(model_dir) / name} has no {in_one_file.name} and no {' and '.join(path.name for path in files.values())}"
             )
+        with reading(Path(model_dir) / name, f"--model: {Path(model_dir) / name} is no tokenizer that works"):
+            tokenizer = getattr(pipeline, name)
+            tokenizer("a", padding="max_length", max_length=min(8, tokenizer.model_max_length), truncation=True, return_tensors="pt")
     return pipeline
 
 
@@ -105,6 +106,7 @@ def check_images(rows: list[dict], lines: list[int], prompts: str, size: tuple[i
 def read_image(path: str, where: str = "") -> PIL.Image.Image:
     """The picture in RGB, turned as its EXIF data says. Raises UserError, beginning with `where`, if it cannot be read."""
     try:
-        return load_image(path)
+        with PIL.Image.open(path, formats=FORMATS) as image:
+            return PIL.ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:  # what PIL's readers raise for a broken file is not documented
         raise UserError(f"{where}image {path} cannot be read: {first_line(error)}") from error

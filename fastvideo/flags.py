@@ -1,11 +1,11 @@
 """Checks of numbers that users give as flags."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from fastvideo.distributed import UserError
 
+SMALLEST, LARGEST = 1e-12, 1e6  # beyond, arithmetic breaks down or memory runs out, and nobody means it
 BOUNDS = {
     "at least 2": lambda value: value >= 2,
     "above 0": lambda value: value > 0,
@@ -17,15 +17,19 @@ BOUNDS = {
 
 
 def check_numbers(values: Mapping[str, Any], rules: Mapping[str, str]) -> None:
-    """Raise UserError for the first of `values` (by flag name) that is not finite or breaks its rule; None is no value.
+    """Raise UserError for the first of `values` (by flag name) that breaks its rule, or is no number to compute with; None is no value.
 
     rules: a key of `BOUNDS` -> the names of the flags that it is for, separated by blanks.
     """
     for bound, flags in rules.items():
         for flag in flags.split():
             value = values[flag]
-            if value is not None and not (math.isfinite(value) and BOUNDS[bound](value)):
-                raise UserError(f"--{flag} is {value}, but must be {bound}")
+            if value is None:
+                continue
+            if not isinstance(value, int | float) or not BOUNDS[bound](value):
+                raise UserError(f"--{flag} is {str(value)[:60]}, but must be {bound}")
+            if value and not SMALLEST <= abs(value) <= LARGEST:
+                raise UserError(f"--{flag} is {str(value)[:60]}, but must be {bound}, from {SMALLEST:g} to {LARGEST:g}")
 
 
 def check_size(values: Mapping[str, Any], pixels: int, frames: int | None = None) -> None:

@@ -1,5 +1,6 @@
 """Loading diffusers and transformers folders from disk, strictly: what is missing or broken is said, never left random."""
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,7 +9,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
-from safetensors import SafetensorError
 
 from fastvideo.distributed import UserError, compute_dtype
 
@@ -16,6 +16,21 @@ from fastvideo.distributed import UserError, compute_dtype
 def first_line(error: Exception) -> str:
     """What an error of diffusers or transformers says, without the pages that may follow."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextmanager
+def reading(folder: Path, what: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a UserError that begins with `what`: what diffusers and transformers raise is not documented.
+
+    So does a settings file of `folder` that is no JSON object, which diffusers would take for the name of one, and look for on the hub.
+    """
+    try:
+        for path in (*folder.glob("*config.json"), *folder.glob("*/*config.json"), *folder.glob("*index.json")):
+            if not isinstance(json.loads(path.read_bytes()), dict):
+                raise ValueError(f"{path.relative_to(folder)} is no JSON object")
+        yield
+    except Exception as error:
+        raise UserError(f"{what}: {first_line(error)}") from error
 
 
 def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, flag: str = "--model", **options: Any) -> Any:
@@ -28,10 +43,9 @@ def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, flag: 
         raise UserError(f"{flag}: there is no folder {path}")
     if not (path / "config.json").is_file():  # transformers would silently take a default one
         raise UserError(f"{flag}: {path} has no config.json")
-    try:
-        model, info = model_class.from_pretrained(folder, subfolder=subfolder, local_files_only=True, output_loading_info=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{flag}: {path} cannot be loaded as {model_class.__name__}: {first_line(error)}") from error
+    options |= {"subfolder": subfolder, "local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    with reading(path, f"{flag}: {path} cannot be loaded as {model_class.__name__}"):
+        model, info = model_class.from_pretrained(folder, **options)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
             names = ", ".join(sorted(map(str, info[kind]))[:3])
@@ -46,10 +60,9 @@ def load_pipeline(folder: str | Path, dtype: str, device: torch.device, flag: st
     """
     if not (Path(folder) / "model_index.json").is_file():
         raise UserError(f"{flag} {folder} is no diffusers folder: it has no model_index.json")
-    try:
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=compute_dtype(dtype, device), local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-        raise UserError(f"{flag} {folder} cannot be loaded: {first_line(error)}") from error
+    options = {"local_files_only": True, "use_safetensors": True}
+    with reading(Path(folder), f"{flag} {folder} cannot be loaded"):
+        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=compute_dtype(dtype, device), **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
@@ -62,7 +75,7 @@ def add_lora(model: ModelMixin, rank: int, seed: int) -> None:
     if rank == 0:
         return
     model.requires_grad_(False)
-    torch.manual_seed(seed)
+    torch.manual_seed(seed % 2**63)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
 

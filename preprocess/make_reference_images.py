@@ -8,6 +8,7 @@ from that file. A killed run continues when started again with the same flags.
 import hashlib
 import io
 import json
+import math
 import os
 import sys
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Args:
         for flag in ("height", "width", "num_inference_steps", "images_per_prompt", "batch_size"):
             if getattr(self, flag) < 1:
                 raise UserError(f"--{flag} must be at least 1, not {getattr(self, flag)}")
-        if not self.guidance_scale >= 0:
+        if not 0 <= self.guidance_scale < math.inf:
             raise UserError(f"--guidance_scale must be 0 or more, not {self.guidance_scale}")
 
 
@@ -126,10 +127,10 @@ def prepare_folder(args: Args, rows: list[dict], pipeline: DiffusionPipeline) ->
         if any((args.output_dir / "images").iterdir()):
             if not path.exists():
                 raise UserError(f"{args.output_dir / 'images'} is not empty, but there is no {path}: choose another --output_dir")
-            refuse_difference(args.output_dir, json.loads(path.read_bytes()), settings, "this run")
+            refuse_difference(args.output_dir, dict(json.loads(path.read_bytes())), settings, "this run")
     except OSError as error:
         raise UserError(f"cannot write to {args.output_dir}: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): choose another --output_dir") from error
     write_whole(path, (json.dumps(settings, indent=2) + "\n").encode())
 
@@ -144,10 +145,10 @@ def is_finished(path: Path, args: Args) -> bool:
     if not path.exists():
         return False
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=["PNG"]) as image:
             image.verify()
             return image.size == (args.width, args.height)
-    except (OSError, SyntaxError) as error:  # what PIL raises for a broken PNG
+    except Exception as error:  # what PIL's readers raise for a broken file is not documented
         print(f"warning: {path} is damaged ({first_line(error)}); making it again", file=sys.stderr)
         return False
 
