@@ -5,6 +5,7 @@ import math
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,9 @@ class Tracker:
 
                 with writing(self.events):
                     self.tensorboard = SummaryWriter(self.events, purge_step=resumed_iteration + 1)
+                # Its thread keeps an error for the next call, which raises it, but would also print it where it happens.
+                others = threading.excepthook
+                threading.excepthook = lambda hook: None if type(hook.thread).__name__ == "_AsyncWriterThread" else others(hook)
             if "wandb" in trackers:
                 try:
                     import wandb

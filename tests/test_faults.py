@@ -7,11 +7,12 @@ Kills are in test_kill.py and test_resume.py, lost processes in test_lost_proces
 import random
 import shutil
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from conftest import MODEL, REPOSITORY, run_script, start_forked
+from conftest import MODEL, REPOSITORY, TRAIN, run_script, start_forked
 from test_resume import assert_same_run
 
 from fastvideo import integrity
@@ -224,8 +225,8 @@ def disk(tmp_path):
     path = tmp_path / "disk"
     path.mkdir()
     yield path
-    while path.is_mount():
-        subprocess.run(["umount", "--lazy", str(path)], check=True)
+    while subprocess.run(["umount", "--lazy", str(path)], capture_output=True, check=False).returncode == 0:
+        pass  # is_mount() does not see one that shows the same disk
 
 
 @pytest.fixture(scope="module")
@@ -265,14 +266,14 @@ def test_no_room_for_a_checkpoint(train, undisturbed, tmp_path, processes):
     [
         ("logging", 1, "cannot write {run}/metrics.jsonl: No space left on device", "there is no checkpoint yet"),
         ("saving", 3, "cannot write {run}/checkpoints/.iteration_000004.tmp/shard_00000.safetensors: ", "iteration_000002"),
-        ("samples", 5, "cannot write {run}/samples/iteration_000005.png: No space left on device", "iteration_000004"),
+        ("samples", 3, "cannot write {run}/samples/iteration_000003.png: No space left on device", "iteration_000002"),
         ("export", 0, "cannot write {run}/export: ", "iteration_000006"),
     ],
 )
 def test_full_disk(train, finished_run, tmp_path, disk, moment, call, message, last):
     mount("-t", "tmpfs", "-o", "size=200m", "tmpfs", disk)
     run = disk / "run"
-    flags = {"--iterations": 6, "--sample_every": 5 if moment == "samples" else 0}
+    flags = {"--iterations": 6, "--sample_every": 3 if moment == "samples" else 0}
     result = train(run, flags, script=mishap(tmp_path, "fill_disk", call, disk), check=False)
     assert result.returncode == 2
     sentence = the_sentence(result.stderr)
@@ -307,9 +308,11 @@ def fill(path: Path) -> None:
         return
 
 
+@pytest.mark.filterwarnings("error")  # also of an error in TensorBoard's thread
 @pytest.mark.parametrize("trackers", [(), pytest.param(("tensorboard",), marks=pytest.mark.slow)])
-def test_metrics_on_a_full_disk_stay_readable(ranks, disk, trackers):
+def test_metrics_on_a_full_disk_stay_readable(ranks, disk, monkeypatch, trackers):
     """Where the last line did not fit it is cut off, and goes when the run goes on."""
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back afterwards
     mount("-t", "tmpfs", "-o", "size=100k", "tmpfs", disk)
     tracker = Tracker(disk, trackers, {}, 0, ranks)
     tracker.log(1, {"value": 0.5})
@@ -346,20 +349,20 @@ def test_full_disk_while_embedding(cache, prompt_file, tmp_path, disk, processes
 
 @pytest.mark.parametrize("folder", ["/dev/null/run", pytest.param("/proc/run", marks=pytest.mark.slow)])
 def test_impossible_output_folder(run_flags, tmp_path, folder):
-    result = run_script(REPOSITORY / "train_grpo_flux.py", *run_flags(folder), log=tmp_path / "log")
+    result = run_script(TRAIN, *run_flags(folder), log=tmp_path / "log")
     assert result.returncode == 2
     assert f"cannot use --output_dir {folder}: " in the_sentence(result.stderr)
 
 
 @pytest.mark.slow
-def test_read_only_folders(train, finished_run, cache, prompt_file, tmp_path, disk):
+def test_read_only_folders(run_flags, finished_run, cache, prompt_file, tmp_path, disk):
     shutil.copytree(finished_run, disk / "run")
     shutil.copytree(cache, disk / "cache")
     (disk / "cache" / "shard-00001-of-00003.safetensors").unlink()
     mount("--bind", disk, disk)
     mount("-o", "remount,ro,bind", disk)
     for name in ("run", "new"):
-        result = train(disk / name, {"--iterations": 8}, check=False)
+        result = run_script(TRAIN, *run_flags(disk / name, {"--iterations": 8}), log=tmp_path / "log")
         assert result.returncode == 2
         assert f"cannot use --output_dir {disk / name}: [Errno 30] Read-only file system" in the_sentence(result.stderr)
     for name in ("cache", "new"):
@@ -375,10 +378,12 @@ def test_read_only_folders(train, finished_run, cache, prompt_file, tmp_path, di
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "stage"), [(1, 0), (1, 2), (1, 3), (2, 1)])
-def test_loss_that_is_not_a_number(train, tmp_path, processes, stage):
+@pytest.mark.parametrize(
+    ("processes", "stage", "dtype"), [(1, 0, "float32"), (2, 1, "float32"), (1, 2, "float32"), (1, 3, "float32"), (1, 1, "bfloat16")]
+)
+def test_loss_that_is_not_a_number(train, tmp_path, processes, stage, dtype):
     run, whole = tmp_path / "run", tmp_path / "whole"
-    flags = {"--zero_stage": stage, "--checkpoint_every": 1}
+    flags = {"--zero_stage": stage, "--checkpoint_every": 1, "--dtype": dtype, "--clip_range": 1}
     result = train(run, flags, script=mishap(tmp_path, "break_loss", 3), processes=processes, check=False)
     assert result.returncode == 2
     assert "the gradient norm is " in the_sentence(result.stderr)

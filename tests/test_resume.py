@@ -156,18 +156,31 @@ def test_checkpoint_of_another_kind_is_refused(train, finished_run, flags, messa
 
 
 @pytest.mark.parametrize("name", ["shard_00000.safetensors", "state.json"])
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "altered"])
 def test_damaged_checkpoint_is_refused_by_name(train, run_copy, name, damage):
+    """And what to do is said: go back to the newest one before it that is whole."""
     path = run_copy / "checkpoints" / "iteration_000006" / name
     if damage == "missing":
         path.unlink()
+    elif damage == "altered":
+        path.write_bytes(path.read_bytes()[:-10] + b"0123456789")
     else:
         path.write_bytes(path.read_bytes()[:-10])
     sentence = refusal(train, run_copy)
-    assert "iteration_000006" in sentence
+    assert f"{path}" in sentence if (name, damage) != ("state.json", "missing") else "iteration_000006, which is not there" in sentence
     assert "damaged" in sentence or "which is not there" in sentence
+    assert f"write iteration_000004 into {run_copy}/checkpoints/latest" in sentence
     if damage == "truncated" and name != "state.json":
         assert f"{path} has {path.stat().st_size} bytes, but {path.stat().st_size + 10} were saved" in sentence
+
+
+@pytest.mark.slow
+def test_damage_that_only_the_second_process_looks_at(train, finished_run_of_two, tmp_path):
+    shutil.copytree(finished_run_of_two, tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "iteration_000006" / "shard_00001.safetensors"
+    path.write_bytes(path.read_bytes()[:-10] + b"0123456789")
+    sentence = refusal(train, tmp_path / "run", processes=2)
+    assert f"{path} is damaged" in sentence and "write iteration_000004 into" in sentence
 
 
 def test_last_checkpoint_can_be_given_up(train, run_copy, finished_run):
