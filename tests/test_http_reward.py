@@ -148,7 +148,7 @@ def test_the_preflight_knows_which_reward_a_server_has(server, capsys):
     )
     preflight({name: theirs[name] for name in ("http", "http.look")}, batch(0)[0], {"prompt": PROMPTS[0]})
     assert capsys.readouterr().out.count("for a drawing of 'a red circle'") == 2
-    score(theirs, *batch(1))
+    score(theirs, *batch(50))
     assert theirs["http"].served == "shapes" and theirs["http.clip"].served == "gated"
 
 
