@@ -33,7 +33,7 @@ from fastvideo.media import film_strip, save_grid, save_video, to_pil
 from fastvideo.pretrained import load_pipeline, load_pretrained
 from fastvideo.prompts import read_prompts
 from fastvideo.rewards import Reward, load_rewards, parse_rewards, score
-from fastvideo.tracking import plot_rewards
+from fastvideo.tracking import plot_rewards, read_metrics
 
 # What each pipeline calls the sampling settings that a run's manifest has, and what they are without a run (None: what the folder says).
 ARGUMENTS = {
@@ -168,7 +168,7 @@ def main() -> None:
         save_comparison(args.output_dir / "samples.png", media, labels)
         print_table(results)
         run = args.checkpoint.parent if args.checkpoint else None
-        if run and (run / "metrics.jsonl").exists():
+        if run and (run / "metrics.jsonl").exists() and read_metrics(run):
             plot_rewards(run, args.output_dir / "rewards.png", results)
         print(f"written to {args.output_dir}")
 

@@ -59,17 +59,9 @@ class Tracker:
             on_main(function)
 
     def _rewind(self, iteration: int) -> None:
-        lines = self.path.read_bytes().split(b"\n")
-        kept = []
-        for number, line in enumerate(lines, 1):
-            try:
-                if json.loads(line)["iteration"] <= iteration:
-                    kept.append(line + b"\n")
-            except (ValueError, TypeError, KeyError) as error:
-                if number < len(lines):  # the last one a kill has cut off, or it is empty: its iteration is done again
-                    raise UserError(f"line {number} of {self.path} is damaged: mend or delete it") from error
+        kept = [json.dumps(row) + "\n" for row in read_metrics(self.path.parent) if row["iteration"] <= iteration]
         with whole_file(self.path) as temporary:
-            temporary.write_bytes(b"".join(kept))
+            temporary.write_text("".join(kept))
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         """Append one iteration's numbers; on disk when this returns."""
@@ -156,8 +148,21 @@ def peak_memory_gib() -> float:
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:
-    """The objects of `output_dir/metrics.jsonl`, in order."""
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+    """The objects of `output_dir/metrics.jsonl`, in order, without a last one that a kill has cut off. UserError for a damaged line."""
+    path, rows = output_dir / "metrics.jsonl", []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row["iteration"], int) or not all(isinstance(value, int | float) for value in row.values()):
+                raise ValueError
+            if any(isinstance(value, int) and abs(value) >= 2**63 for value in row.values()):
+                raise ValueError
+            rows.append(row)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            if number < len(lines):  # nothing stands behind the last line break but what was being written
+                raise UserError(f"line {number} of {path} is damaged: mend or delete it") from error
+    return rows
 
 
 def plot_rewards(output_dir: Path, path: Path, evaluation: dict[str, Any] | None = None, window: int = 10) -> Path:
