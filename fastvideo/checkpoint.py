@@ -155,7 +155,7 @@ def _read_shards(engine: DeepSpeedEngine, ema: EMA | None, checkpoint: Path, fil
                         if found != count:
                             lost = f"elements {start + found} to {start + count} of {kind} {parameter} are in no file"
                             raise UserError(f"checkpoint {checkpoint} is damaged: {lost}")
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError, IndexError, RuntimeError) as error:
             raise UserError(f"checkpoint {checkpoint} is damaged: {error}") from error
 
 

@@ -25,12 +25,14 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> dict[str, An
         if not isinstance(state, dict) or state.get("crc32") != checksum(state):
             raise UserError(f"{path} is damaged, or of an earlier version: it does not have its checksum")
         for name, saved in sorted(state["files"].items())[rank::world_size]:
+            if not re.fullmatch(r"shard_\d+\.safetensors", name):  # a path in place of a name could lead out of the folder
+                raise ValueError(f"it names the file {name!r}")
             path = checkpoint / name
             if path.stat().st_size != saved["size"]:
                 raise UserError(f"{path} has {path.stat().st_size} bytes, but {saved['size']} were saved: the checkpoint is damaged")
             if crc32(path) != saved["crc32"]:
                 raise UserError(f"{path} is damaged: it does not have the checksum that was saved")
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     return state
 
