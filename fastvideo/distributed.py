@@ -26,6 +26,10 @@ class UserError(Exception):
     No ValueError: tyro would catch one that Args raises, and print it in a frame of its own.
     """
 
+    def __init__(self, message: str):
+        """One line that can be printed and sent, whatever a library's error, a path or a prompt has brought into it."""
+        super().__init__(" ".join(line.strip() for line in message.encode(errors="backslashreplace").decode().splitlines()))
+
     exit_code = 2
     on_all_ranks = False  # whether all processes are known to have it, so that one may speak for all
 
