@@ -171,8 +171,8 @@ def _git_revision(folder: Path) -> str | None:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(path.read_text())
-    except ValueError as error:
+        manifest = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("arguments"), dict):
         raise UserError(f"{path} is not the manifest of a run")
@@ -191,7 +191,7 @@ def _check_arguments(output_dir: Path, arguments: dict[str, Any], embeddings_dig
     same = [name for name in now if name in FREE or name not in before or _meaning(name, before[name]) == _meaning(name, now[name])]
     changes = {name: f"--{name} was {before[name]} and is {now[name]}" for name in now if name not in same}
     if manifest.get("embeddings_digest", embeddings_digest) != embeddings_digest:
-        changes["embeddings"] = f"--embeddings was {before['embeddings']} and is {now['embeddings']}, which holds other embeddings"
+        changes["embeddings"] = f"--embeddings was {before.get('embeddings')} and is {now['embeddings']}, which holds other embeddings"
     if not changes:
         return
     message = f"the run in {output_dir} was started with other arguments: {'; '.join(changes.values())}"
@@ -204,8 +204,8 @@ def _check_arguments(output_dir: Path, arguments: dict[str, Any], embeddings_dig
 
 def _meaning(name: str, value: Any) -> Any:
     """What must be the same: of model and rewards not where they are, only the last part of each path, and of a server nothing."""
-    if name == "model":
+    if name == "model" and isinstance(value, str):
         return Path(value).name
-    if name == "rewards":
-        return [re.sub(r"=[^=,]*/", "=", re.sub(r"^(http[^=]*=)[^,]*", r"\1", spec)) for spec in value]
+    if name == "rewards" and isinstance(value, list):
+        return [re.sub(r"=[^=,]*/", "=", re.sub(r"^(http[^=]*=)[^,]*", r"\1", str(spec))) for spec in value]
     return value
