@@ -80,8 +80,11 @@ def load_checkpoint(folder: Path, base: str, device: torch.device, dtype: torch.
         raise UserError(
             f"--rewards: {path} must have a reward head rm_head.weight of (1, {config.text_config.hidden_size}), but has {found}"
         )
-    with torch.device("meta"):
-        expected = {name: weight.shape for name, weight in Qwen2VLModel(config).state_dict().items()}
+    try:
+        with torch.device("meta"):
+            expected = {name: weight.shape for name, weight in Qwen2VLModel(config).state_dict().items()}
+    except Exception as error:  # as above
+        raise UserError(f"--rewards: {base} has settings of no Qwen2-VL: {type(error).__name__}: {error}") from error
     for what, names in (("lacks", expected.keys() - weights.keys()), ("has unknown weights:", weights.keys() - expected.keys())):
         if names:
             raise UserError(f"--rewards: {path} {what} {min(names)}" + (f" and {len(names) - 1} more" if len(names) > 1 else ""))
