@@ -70,7 +70,7 @@ def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: 
             (temporary / "state.json").write_text(json.dumps(state | {"crc32": checksum(state)}, indent=2))
             rename_folder(temporary, folder / name)
             earlier = sorted(path for path in folder.glob("iteration_*") if path.name < name)
-            kept = {folder / name, *earlier[len(earlier) - (keep - 1) :]}
+            kept = {folder / name, *earlier[max(0, len(earlier) - (keep - 1)) :]}
             if best := guards.best_checkpoint(output_dir, [*earlier, folder / name]):
                 kept.add(best)
                 with whole_file(folder / "best") as path:

@@ -219,7 +219,7 @@ def way_back(output_dir: Path, iteration: int, trouble: Trouble, keep: int) -> s
     folder = output_dir / "checkpoints"
     there = sorted(path for path in folder.glob("iteration_*") if iteration_of(path) < iteration)
     best = best_checkpoint(output_dir, [*there, folder / f"iteration_{iteration:06d}"])
-    good = [path for path in there[len(there) - (keep - 1) :] if iteration_of(path) < trouble.since]
+    good = [path for path in there[max(0, len(there) - (keep - 1)) :] if iteration_of(path) < trouble.since]
     if best in there:
         good.append(best)
     if not good:

@@ -211,6 +211,12 @@ def test_changed_arguments_are_a_new_chance(run):
     assert run.go([row | {"policy/approx_kl": 1.0} for row in rows[5:6]])[1].keys() == {31}
 
 
+def test_the_way_back_is_the_newest_from_before(run):
+    run.start({"learning_rate": 1, "keep_checkpoints": 7}, 0)
+    run.save(5, 10, 15, 20, 25)
+    assert "write iteration_000020 into" in run.go(curve(*[0.8] * 20, *[0.2] * 20))[1][30]  # the reward fell after 20
+
+
 def test_the_way_back_is_one_that_is_still_there(run):
     """The save that follows leaves --keep_checkpoints 2: itself and one more."""
     run.start({"learning_rate": 1, "keep_checkpoints": 2}, 0)
@@ -325,20 +331,23 @@ def test_best_checkpoint_is_exported(train, tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_diverges_and_one_that_does_not(train, tmp_path):
-    """As many iterations as all rules need. One update an iteration cannot be seen to move the policy: only what comes of it."""
-    flags = {"--iterations": 3 * WINDOW, "--prompts_per_iteration": 4, "--checkpoint_every": 5, "--updates_per_iteration": 1}
-    for name, updates in (("one", 1), ("two", 2)):
-        healthy = train(tmp_path / name, flags, {"--updates_per_iteration": updates}, "--stop_on_collapse")
+    """With one update an iteration it cannot be seen how far the policy moves, only what comes of it: at the end of the second window."""
+    flags = {"--rewards": "shapes", "--iterations": 2 * WINDOW, "--prompts_per_iteration": 4, "--updates_per_iteration": 1}
+    for updates in (1, 2):
+        healthy = train(tmp_path / f"healthy_{updates}", flags, {"--updates_per_iteration": updates}, "--stop_on_collapse")
         assert "warning: " not in healthy.stderr
+    flags |= {"--iterations": 3 * WINDOW, "--checkpoint_every": 1, "--keep_checkpoints": 2 * WINDOW}
     run = tmp_path / "run"
-    result = train(run, flags, {"--learning_rate": 1e-2, "--keep_checkpoints": 100}, "--stop_on_collapse", check=False)
+    result = train(run, flags, {"--learning_rate": 1e-2}, "--stop_on_collapse", check=False)
     assert result.returncode == 2
     (sentence,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-    assert sentence.startswith("error: reward collapse: reward/aesthetic_mean fell from ")
-    saved = (run / "checkpoints" / "latest").read_text()
-    assert int(saved.removeprefix("iteration_")) == len(metrics_of(run))
-    earlier = re.search("write (iteration_0000[0-9]+) into", sentence)[1]
-    assert earlier < saved
+    assert sentence.startswith("error: reward collapse: reward/shapes_mean fell from ")
+    assert len(metrics_of(run)) == 2 * WINDOW
+    assert names_in(run / "checkpoints") == {"latest", *(f"iteration_{iteration:06d}" for iteration in range(1, 21))}
+    assert (run / "checkpoints" / "latest").read_text() == "iteration_000020"
+
+    earlier = re.search("write (iteration_[0-9]+) into", sentence)[1]
+    assert 1 <= int(earlier.removeprefix("iteration_")) < WINDOW
     (run / "checkpoints" / "latest").write_text(earlier)
     train(run, flags, {"--learning_rate": 1e-6}, "--stop_on_collapse", "--allow_changed_args")
-    assert len(metrics_of(run)) == 3 * WINDOW
+    assert [row["iteration"] for row in metrics_of(run)] == list(range(1, 3 * WINDOW + 1))
