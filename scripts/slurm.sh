@@ -37,7 +37,7 @@ requeue() { # to be started again by SLURM
 
 warned=''
 on_warning() { # only this shell gets --signal=B:USR1: pass it on
-    say "the time limit is near (SIGUSR1): the run is asked to save and stop"
+    say "SIGUSR1, the time limit is near: the run is asked to save and stop"
     warned=1
     scancel --signal=USR1 "$SLURM_JOB_ID"
 }

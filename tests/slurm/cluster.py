@@ -108,17 +108,19 @@ def slurm(folder: Path) -> Iterator[dict[str, str]]:
         wait_for(lambda: ask("sinfo", "--noheader", "--partition=low", "--format=%T %D").split() == ["idle", "2"], 60, "no two nodes")
         yield environment
     finally:
-        ask("scancel", "--user", getpass.getuser())
-        with contextlib.suppress(TimeoutError):
-            wait_for(lambda: not ask("squeue", "--noheader"), KILL_WAIT + 20, "")
-        for daemon in reversed(daemons):  # munged last: the others need it to end
-            daemon.terminate()
-            try:
-                daemon.wait(20)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-        signal.signal(signal.SIGTERM, before)
+        try:
+            with contextlib.suppress(TimeoutError, subprocess.TimeoutExpired):
+                ask("scancel", "--user", getpass.getuser())
+                wait_for(lambda: not ask("squeue", "--noheader"), KILL_WAIT + 20, "jobs are left")
+        finally:
+            for daemon in reversed(daemons):  # munged last: the others need it to end
+                daemon.terminate()
+                try:
+                    daemon.wait(20)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
+            signal.signal(signal.SIGTERM, before)
 
 
 def wait_for(condition, seconds: float, complaint: str) -> None:
