@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
-from conftest import MODEL, PROMPTS, REPOSITORY, run_script, start_forked
+from conftest import MODEL, REPOSITORY, run_script, start_forked
 from test_resume import assert_same_run, lines_of
 
 from fastvideo import integrity
@@ -132,7 +132,7 @@ def saved_iteration(run: Path) -> int:
 def test_embedding_killed_6_times(tmp_path):
     """At random moments, finished shards are kept, and the cache gets the same bytes."""
     draw = random.Random(0)
-    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS.read_text().splitlines()[:60]) + "\n")
+    (tmp_path / "prompts.txt").write_text("".join(f"{number} red circles\n" for number in range(200)))
     flags = {"--model": MODEL, "--prompts": tmp_path / "prompts.txt", "--shard_size": 1, "--batch_size": 1}
     undisturbed, cache = tmp_path / "undisturbed", tmp_path / "cache"
     assert run_script(EMBED, flags, {"--output_dir": undisturbed}, log=tmp_path / "log").returncode == 0
