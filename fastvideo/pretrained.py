@@ -1,16 +1,21 @@
 """Loading diffusers and transformers folders from disk, strictly: what is missing or broken is said, never left random."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
 
 from fastvideo.distributed import UserError, compute_dtype
+
+MOST = 4096  # layers, or positions whose angles are computed ahead
 
 
 def first_line(error: Exception) -> str:
@@ -26,11 +31,31 @@ def reading(folder: Path, what: str) -> Iterator[None]:
     """
     try:
         for path in (*folder.glob("*config.json"), *folder.glob("*/*config.json"), *folder.glob("*index.json")):
-            if not isinstance(json.loads(path.read_bytes()), dict):
+            config = json.loads(path.read_bytes())
+            if not isinstance(config, dict):
                 raise ValueError(f"{path.relative_to(folder)} is no JSON object")
+            if path.name == "config.json":
+                _check_claims(path, config)
         yield
     except Exception as error:
         raise UserError(f"{what}: {first_line(error)}") from error
+
+
+def _check_claims(path: Path, config: dict) -> None:
+    """ValueError if a config.json describes more than can be in the files beside it: building that could take hours, or all memory."""
+    for name, value in config.items():
+        if isinstance(value, int) and value > MOST and re.search("layers|depth|blocks|rope_max_seq_len", name):
+            raise ValueError(f"its config.json has {name} {str(value)[:60]}, which is no network")
+    of_transformers = "_class_name" not in config
+    library, name = (transformers, (config.get("architectures") or ["-"])[0]) if of_transformers else (diffusers, config["_class_name"])
+    model_class = getattr(library, name, None)
+    size = sum(file.stat().st_size for file in path.parent.glob("*.safetensors"))
+    if model_class and size:
+        with torch.device("meta"):
+            model = model_class(model_class.config_class(**config)) if of_transformers else model_class.from_config(config)
+        claimed = sum(weight.numel() for weight in model.parameters())
+        if claimed > 2 * size:  # of 4 bits each
+            raise ValueError(f"its config.json describes {claimed} weights, but its files have {size} bytes")
 
 
 def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, flag: str = "--model", **options: Any) -> Any:
