@@ -39,7 +39,14 @@ def check(output_dir: Path, iteration: int, clip_range: float) -> UserError | No
 
     Returns, on all processes, what to stop with as long as something is wrong that is worth stopping for; else None.
     """
-    return on_main(lambda: _check(output_dir, iteration, clip_range))
+
+    def checked() -> UserError | None:
+        try:
+            return _check(output_dir, iteration, clip_range)
+        except KeyError as error:  # someone has edited it
+            raise UserError(f"a line of {output_dir / 'metrics.jsonl'} lacks {error}: mend or delete it") from error
+
+    return on_main(checked)
 
 
 def _check(output_dir: Path, iteration: int, clip_range: float) -> UserError | None:

@@ -11,6 +11,8 @@ from typing import Any
 from fastvideo.distributed import UserError
 from fastvideo.files import crc32
 
+STATE_TYPES = {"iteration": int, "updates": int, "dtype": str, "ema": bool, "files": dict, "parameters": dict}
+
 
 def checksum(state: dict[str, Any]) -> int:
     """Of state.json: of all that is in it but the checksum."""
@@ -24,6 +26,9 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> dict[str, An
         state = json.loads(path.read_bytes())
         if not isinstance(state, dict) or state.get("crc32") != checksum(state):
             raise UserError(f"{path} is damaged, or of an earlier version: it does not have its checksum")
+        for key, kind in STATE_TYPES.items():
+            if not isinstance(state.get(key), kind):
+                raise TypeError(f"its {key} is no {kind.__name__}")
         for name, saved in sorted(state["files"].items())[rank::world_size]:
             if not re.fullmatch(r"shard_\d+\.safetensors", name):  # a path in place of a name could lead out of the folder
                 raise ValueError(f"it names the file {name!r}")
@@ -32,7 +37,7 @@ def verify(checkpoint: Path, rank: int = 0, world_size: int = 1) -> dict[str, An
                 raise UserError(f"{path} has {path.stat().st_size} bytes, but {saved['size']} were saved: the checkpoint is damaged")
             if crc32(path) != saved["crc32"]:
                 raise UserError(f"{path} is damaged: it does not have the checksum that was saved")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
     return state
 

@@ -174,7 +174,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("arguments"), dict):
+    history = manifest.get("history", []) if isinstance(manifest, dict) else None
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in (manifest.get("arguments"), *history)):
         raise UserError(f"{path} is not the manifest of a run")
     return manifest
 
