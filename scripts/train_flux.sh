@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # FLUX.1-dev with the paper's settings: 32 prompts of 12 samples at 720 px on 32 GPUs (4 nodes of 8). Needs the embedding cache of
-# scripts/preprocess_flux.sh. Not yet run on GPUs by us: memory and batch sizes are estimates.
+# scripts/preprocess_flux.sh. Memory and batch sizes are estimates (docs/gpu.md: what we ran).
 # Rewards: HPS-v2.1 and CLIP, weighted as released (docs/rewards.md: what to download); for others add --rewards NAME... --reward_weights X... at the end.
 #
 #   MODEL=models/FLUX.1-dev EMBEDDINGS=runs/embeddings/flux HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip bash scripts/train_flux.sh --output_dir runs/flux

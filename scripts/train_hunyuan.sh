@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # HunyuanVideo text-to-video with the paper's settings: 480 x 480, 53 frames, 64 GPUs (8 nodes of 8); best and worst 4 of 24 samples, as
 # released; two GPUs share each sample (--sp_size 2), and have one of the 32 prompts. Needs the embedding cache of
-# scripts/preprocess_hunyuan.sh. Not yet run on GPUs by us: memory and batch sizes are estimates. The rewards are
+# scripts/preprocess_hunyuan.sh. Memory and batch sizes are estimates (docs/gpu.md: what we ran). The rewards are
 # VideoAlign's visual and motion quality (docs/rewards.md: what to download); for others add --rewards NAME... at the end.
 #
 #   MODEL=models/HunyuanVideo EMBEDDINGS=runs/embeddings/hunyuan VIDEOALIGN=models/VideoReward bash scripts/train_hunyuan.sh --output_dir runs/hunyuan

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Stable Diffusion v1.4 with the paper's settings: 32 prompts of 12 samples at 512 px on 8 GPUs (one node). Needs the embedding cache of
-# scripts/preprocess_sd.sh. Not yet run on GPUs by us: memory and batch sizes are estimates.
+# scripts/preprocess_sd.sh. Memory and batch sizes are estimates (docs/gpu.md: what we ran).
 # Rewards: HPS-v2.1 and CLIP, weighted as released (docs/rewards.md: what to download); for others add --rewards NAME... --reward_weights X... at the end.
 #
 #   MODEL=models/stable-diffusion-v1-4 EMBEDDINGS=runs/embeddings/sd HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip bash scripts/train_sd.sh --output_dir runs/sd

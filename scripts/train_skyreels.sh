@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SkyReels-V1-I2V image-to-video with the paper's settings: 32 prompts of 8 samples at 640 x 400, 53 frames, on 32 GPUs (4 nodes of 8). Needs the
-# embedding cache of scripts/preprocess_skyreels.sh. Not yet run on GPUs by us: memory and batch sizes are estimates. The reward is
+# embedding cache of scripts/preprocess_skyreels.sh. Memory and batch sizes are estimates (docs/gpu.md: what we ran). The reward is
 # VideoAlign's motion quality (docs/rewards.md: what to download); for others add --rewards NAME... at the end.
 #
 #   MODEL=models/SkyReels-V1-I2V EMBEDDINGS=runs/embeddings/skyreels VIDEOALIGN=models/VideoReward bash scripts/train_skyreels.sh --output_dir runs/skyreels

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Wan 2.1 text-to-video, 1.3B: 8 prompts of 12 samples at 832 x 480, 53 frames, on one node of 8 GPUs. The paper has no Wan: these are its settings
-# for video, with Wan's shift and guidance. Needs the embedding cache of scripts/preprocess_wan.sh. Not yet run on GPUs by us: memory and batch
-# sizes are estimates. The rewards are VideoAlign's visual and motion quality (docs/rewards.md: what to download) at Wan's 16 frames a second; for
+# for video, with Wan's shift and guidance. Needs the embedding cache of scripts/preprocess_wan.sh. Memory and batch
+# sizes are estimates (docs/gpu.md: what we ran). The rewards are VideoAlign's visual and motion quality (docs/rewards.md: what to download) at Wan's 16 frames a second; for
 # others add --rewards NAME... at the end.
 #
 #   MODEL=models/Wan2.1-T2V-1.3B-Diffusers EMBEDDINGS=runs/embeddings/wan VIDEOALIGN=models/VideoReward bash scripts/train_wan.sh --output_dir runs/wan

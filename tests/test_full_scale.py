@@ -4,125 +4,14 @@ Everything is a fake tensor, with a shape and a dtype but no memory, so 13 B par
 """
 
 import importlib
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLHunyuanVideo,
-    AutoencoderKLWan,
-    DDIMScheduler,
-    FluxTransformer2DModel,
-    HunyuanVideoTransformer3DModel,
-    UNet2DConditionModel,
-    WanTransformer3DModel,
-)
+from diffusers import DDIMScheduler
 from torch._subclasses import FakeTensorMode
 
-IMAGE_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-}
-LLAMA_AND_CLIP = {"prompt_embeds": (256, 4096), "prompt_attention_mask": (256,), "pooled_prompt_embeds": (768,)}
-
-FLUX_VAE = {
-    "latent_channels": 16,
-    "use_quant_conv": False,
-    "use_post_quant_conv": False,
-    "scaling_factor": 0.3611,
-    "shift_factor": 0.1159,
-}
-
-
-@dataclass(frozen=True)
-class FullSize:
-    """network, vae: class and the settings of its published config.json that are not the class's defaults. parameters: published number.
-
-    cached: shapes of a prompt's embeddings. latents: expected, of one sample. flags: of the script, where they are not its defaults.
-    """
-
-    script: str
-    network: tuple
-    parameters: int
-    vae: tuple
-    cached: dict
-    latents: tuple[int, ...]
-    media: tuple[int, ...]
-    flags: dict = field(default_factory=dict)
-
-
-HUNYUAN_VAE = (AutoencoderKLHunyuanVideo, {})
-MODELS = {
-    "sd_v1.4": FullSize(
-        "train_grpo_sd",
-        (UNet2DConditionModel, {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}),
-        859_520_964,
-        (AutoencoderKL, IMAGE_VAE | {"latent_channels": 4, "scaling_factor": 0.18215}),
-        {"prompt_embeds": (77, 768)},
-        (4, 64, 64),
-        (3, 512, 512),
-    ),
-    "flux.1-dev": FullSize(
-        "train_grpo_flux",
-        (FluxTransformer2DModel, {"guidance_embeds": True}),
-        11_901_408_320,
-        (
-            AutoencoderKL,
-            IMAGE_VAE
-            | {
-                "latent_channels": 16,
-                "use_quant_conv": False,
-                "use_post_quant_conv": False,
-                "scaling_factor": 0.3611,
-                "shift_factor": 0.1159,
-            },
-        ),
-        {"prompt_embeds": (512, 4096), "pooled_prompt_embeds": (768,)},
-        (45 * 45, 64),
-        (3, 720, 720),
-    ),
-    "hunyuan_video": FullSize(
-        "train_grpo_hunyuan",
-        (HunyuanVideoTransformer3DModel, {"guidance_embeds": True}),
-        12_821_012_544,
-        HUNYUAN_VAE,
-        LLAMA_AND_CLIP,
-        (16, 14, 60, 60),
-        (3, 53, 480, 480),
-    ),
-    "hunyuan_image": FullSize(
-        "train_grpo_hunyuan",
-        (HunyuanVideoTransformer3DModel, {"guidance_embeds": True}),
-        12_821_012_544,
-        HUNYUAN_VAE,
-        LLAMA_AND_CLIP,
-        (16, 1, 90, 90),
-        (3, 720, 720),
-        {"num_frames": 1, "height": 720, "width": 720},
-    ),
-    "skyreels_i2v": FullSize(
-        "train_grpo_skyreels",
-        (HunyuanVideoTransformer3DModel, {"in_channels": 32, "guidance_embeds": True}),
-        12_821_209_152,
-        HUNYUAN_VAE,
-        LLAMA_AND_CLIP | {"image_latents": (16, 1, 50, 80)},
-        (16, 14, 50, 80),
-        (3, 53, 400, 640),
-    ),
-    "wan_2.1_t2v_1.3b": FullSize(
-        "train_grpo_wan",
-        (WanTransformer3DModel, {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
-        1_418_996_800,
-        (AutoencoderKLWan, {}),
-        {"prompt_embeds": (512, 4096)},
-        (16, 21, 60, 104),
-        (3, 81, 480, 832),
-    ),
-}
+from benchmarks.full_size import MODELS
 
 
 class FakeCache:
