@@ -489,7 +489,7 @@ def main() -> None:
     if ranks.is_main:
         print(f"{cache.num_prompts} prompts, {G} samples of each of {P} an iteration on {ranks.layout}, {device.type}, {dtype}")
     run_folder.write_manifest(args.output_dir, __file__, arguments, cache.digest, sampling, done, ranks)
-    tracker = tracking.Tracker(args.output_dir, args.trackers, arguments, done, ranks)
+    tracker = tracking.Tracker(args.output_dir, args.trackers, arguments, done)
 
     stop = StopSignals()
     progress = tqdm(range(done + 1, args.iterations + 1), initial=done, total=args.iterations, disable=not ranks.is_main, desc="GRPO")

@@ -59,7 +59,9 @@ def write_cache(
     def write_index() -> None:
         headers = [_read_header(path) for path in paths]
         tensors = headers[0][0]
-        assert all(header[0] == tensors for header in headers), "encode() changed keys, dtypes or shapes"
+        for path, header in zip(paths, headers):
+            if header[0] != tensors:
+                raise UserError(f"{path} does not hold the tensors of {paths[0]}: delete it, and {REMAKE}")
         shards = [{"name": path.name, "size": path.stat().st_size, "mtime_ns": path.stat().st_mtime_ns} for path in paths]
         crc32 = [checksum for _, header in headers for checksum in header["crc32"]]
         index = {"format": INDEX_FORMAT, "fingerprint": fingerprint, "tensors": tensors, "shard_size": shard_size, "shards": shards}
@@ -199,7 +201,7 @@ def _read_header(path: Path) -> tuple[dict, dict]:
             lengths = {len(header["rows"]), len(header["crc32"])} | {piece.get_shape()[0] for piece in slices.values()}
             if len(lengths) != 1 or not isinstance(header["fingerprint"], dict):
                 raise ValueError("its parts do not agree")
-        except (TypeError, KeyError, IndexError, ValueError) as error:
+        except (TypeError, KeyError, IndexError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is not a shard of an embedding cache ({type(error).__name__}: {error}): {REMAKE}") from error
         return {key: {"dtype": piece.get_dtype(), "shape": piece.get_shape()[1:]} for key, piece in slices.items()}, header
 
@@ -235,7 +237,7 @@ def _read_index(folder: Path) -> dict:
             raise TypeError("a size or time is no number")
         if not index["rows"] or index["shard_size"] < 1 or not all(isinstance(row["prompt"], str) for row in index["rows"]):
             raise ValueError("wrong rows")
-    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ZeroDivisionError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}): {REMAKE}") from error
     return index
 

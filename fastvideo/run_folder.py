@@ -68,36 +68,38 @@ def write_manifest(
     iteration: int,
     ranks: Ranks,
 ) -> None:
-    """`output_dir/manifest.json`: what is run, with what, and the sampling settings that evaluation should use. Rank 0 only.
+    """Collective. `output_dir/manifest.json`: what is run, with what, and the sampling settings that evaluation should use.
 
     Its "history" has an entry for each earlier start, of what was not the same then.
     """
-    if not ranks.is_main:
-        return
-    path = output_dir / "manifest.json"
-    manifest = {
-        "script": Path(script).name,
-        "command": sys.argv,
-        "arguments": arguments,
-        "embeddings_digest": embeddings_digest,
-        "sampling": sampling,
-        "git": _git_revision(Path(script).resolve().parent),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "world_size": ranks.world_size,
-        "sp_size": ranks.sp_size,
-        "device": ranks.device.type,
-        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "from_iteration": iteration,
-        **_whereabouts(),
-        "source": Path(script).read_text(),
-    }
-    manifest, history = json.loads(json.dumps(manifest)), []
-    if path.exists():
-        before = _read_manifest(path)
-        history = before.pop("history", [])
-        history.append({name: value for name, value in before.items() if name == "started" or manifest.get(name) != value})
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(manifest | {"history": history}, indent=2))
+
+    def write() -> None:
+        path = output_dir / "manifest.json"
+        manifest = {
+            "script": Path(script).name,
+            "command": sys.argv,
+            "arguments": arguments,
+            "embeddings_digest": embeddings_digest,
+            "sampling": sampling,
+            "git": _git_revision(Path(script).resolve().parent),
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "world_size": ranks.world_size,
+            "sp_size": ranks.sp_size,
+            "device": ranks.device.type,
+            "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "from_iteration": iteration,
+            **_whereabouts(),
+            "source": Path(script).read_text(),
+        }
+        manifest, history = json.loads(json.dumps(manifest)), []
+        if path.exists():
+            before = _read_manifest(path)
+            history = before.pop("history", [])
+            history.append({name: value for name, value in before.items() if name == "started" or manifest.get(name) != value})
+        with whole_file(path) as temporary:
+            temporary.write_text(json.dumps(manifest | {"history": history}, indent=2))
+
+    on_main(write)
 
 
 def _lock(output_dir: Path) -> None:
@@ -141,7 +143,7 @@ def _whereabouts() -> dict[str, Any]:
 def _read_lock(path: Path) -> dict[str, Any]:
     try:
         left = json.loads(path.read_text())
-    except ValueError:  # its process is about to write it, or was killed before
+    except (ValueError, RecursionError):  # its process is about to write it, or was killed before
         return {}
     return left if isinstance(left, dict) else {}
 

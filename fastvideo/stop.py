@@ -9,7 +9,7 @@ from fastvideo.distributed import UserError, all_gather_object, launch_rank
 
 # From SLURM: at preemption and requeue; as a warning (sbatch --signal); and from a terminal's Ctrl-C.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-REPEATS = 3.0  # seconds in which a signal is the same one again: torchrun passes on what its processes have got from SLURM as well
+REPEATS = 3.0  # seconds in which Ctrl-C is the same one again: torchrun passes on what its processes have got from the terminal as well
 
 
 class Stopped(UserError):
@@ -27,7 +27,7 @@ class Stopped(UserError):
 
 
 class StopSignals:
-    """Listens from here on. The first signal only asks; a later one ends the process at once, as signals do."""
+    """Listens from here on. A signal only asks, as SLURM sends several while a run saves; but a later Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
@@ -41,7 +41,7 @@ class StopSignals:
             if launch_rank() == 0:  # not by print, which the signal may have interrupted
                 name = signal.Signals(number).name
                 os.write(2, f"\n{name}: will save and stop as soon as the weights are those of a whole iteration\n".encode())
-        elif time.monotonic() - self.first > REPEATS:
+        elif number == signal.SIGINT and time.monotonic() - self.first > REPEATS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 

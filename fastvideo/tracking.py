@@ -7,6 +7,7 @@ import resource
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastvideo.distributed import Ranks, UserError, all_gather_object, on_main
+from fastvideo.distributed import UserError, all_gather_object, on_main
 from fastvideo.files import whole_file, writing
 from fastvideo.integrity import naming_the_last
 from fastvideo.media import save_samples
@@ -30,7 +31,7 @@ class Tracker:
     All methods are collective. They raise UserError for what cannot be written, and at the start for a damaged line of metrics.jsonl.
     """
 
-    def __init__(self, output_dir: Path, trackers: list[str], config: dict[str, Any], resumed_iteration: int, ranks: Ranks):
+    def __init__(self, output_dir: Path, trackers: list[str], config: dict[str, Any], resumed_iteration: int):
         self.path, self.events = output_dir / "metrics.jsonl", output_dir / "tensorboard"
         self.tensorboard = self.wandb = None
 
@@ -50,7 +51,9 @@ class Tracker:
                     import wandb
                 except ImportError as error:
                     raise UserError("--trackers wandb needs the package wandb: pip install wandb") from error
-                self.wandb = wandb.init(project="fastvideo", dir=output_dir, config=config, id=output_dir.name, resume="allow")
+                # The same after a resume, and another for a folder of the same name elsewhere.
+                run_id = f"{output_dir.name[:100]}-{zlib.crc32(str(output_dir.resolve()).encode()):08x}"
+                self.wandb = wandb.init(project="fastvideo", dir=output_dir, config=config, id=run_id, resume="allow")
 
         on_main(start)
 

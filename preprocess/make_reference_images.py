@@ -193,11 +193,8 @@ def write_prompts(jobs: list[Job], rows: list[dict], args: Args) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    try:
-        with whole_file(path) as temporary:
-            temporary.write_bytes(data)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data)
 
 
 if __name__ == "__main__":

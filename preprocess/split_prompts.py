@@ -152,14 +152,11 @@ def main() -> None:
         "written": {name + suffix: len(rows) for name, rows in files.items()},
         "left_over_by_train_limit": sum(len(prompts[key]) for key in ([] if end is None else order[end:])),
     }
-    try:
-        with whole_folder(output_dir) as folder:
-            for name, rows in files.items():
-                lines = (row["prompt"] if suffix == ".txt" else json.dumps(row, ensure_ascii=False) for row in rows)
-                (folder / (name + suffix)).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            (folder / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {output_dir}: {error.strerror}") from error
+    with whole_folder(output_dir) as folder:
+        for name, rows in files.items():
+            lines = (row["prompt"] if suffix == ".txt" else json.dumps(row, ensure_ascii=False) for row in rows)
+            (folder / (name + suffix)).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (folder / "report.json").write_text(json.dumps(report, indent=2, default=str) + "\n")
 
     print(f"{report['read']} prompts read, {report['kept']} kept")
     for reason, entry in dropped.items():

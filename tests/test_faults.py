@@ -144,7 +144,7 @@ def test_damaged_line_of_metrics_is_refused(ranks, tmp_path, damage, number):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines(1, 2) + damage + lines(4, 5))
     with pytest.raises(UserError, match=f"line {number} of {path} is damaged: mend or delete it"):
-        Tracker(tmp_path, (), {}, 5, ranks)
+        Tracker(tmp_path, (), {}, 5)
     assert path.read_bytes() == lines(1, 2) + damage + lines(4, 5)
 
 
@@ -152,7 +152,7 @@ def test_damaged_line_of_metrics_is_refused(ranks, tmp_path, damage, number):
 def test_end_of_metrics_that_a_kill_cut_off(ranks, tmp_path, rest):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(lines(1, 2, 3, 4) + rest)
-    Tracker(tmp_path, (), {}, 3, ranks)
+    Tracker(tmp_path, (), {}, 3)
     assert path.read_bytes() == lines(1, 2, 3)
 
 
@@ -314,7 +314,7 @@ def test_metrics_on_a_full_disk_stay_readable(ranks, disk, monkeypatch, trackers
     """Where the last line did not fit it is cut off, and goes when the run goes on."""
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)  # put back afterwards
     mount("-t", "tmpfs", "-o", "size=100k", "tmpfs", disk)
-    tracker = Tracker(disk, trackers, {}, 0, ranks)
+    tracker = Tracker(disk, trackers, {}, 0)
     tracker.log(1, {"value": 0.5})
     fill(disk / "filler")
     with pytest.raises(UserError, match=f"cannot write {disk}/(metrics.jsonl|tensorboard): No space.*; there is no checkpoint yet"):
@@ -323,7 +323,7 @@ def test_metrics_on_a_full_disk_stay_readable(ranks, disk, monkeypatch, trackers
     written = (disk / "metrics.jsonl").read_bytes().count(b"\n")
     assert written >= iteration - 1
     (disk / "filler").unlink()
-    Tracker(disk, (), {}, written - 1, ranks).log(written, {"value": 0.5})
+    Tracker(disk, (), {}, written - 1).log(written, {"value": 0.5})
     assert [row["iteration"] for row in read_metrics(disk)] == list(range(1, written + 1))
 
 
