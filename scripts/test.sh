@@ -8,8 +8,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements-dev.txt
 cd "$repository"
 
 if [[ " $* " == *" -m slurm "* && $(id -u) = 0 ]] && ! command -v slurmctld >/dev/null && command -v apt-get >/dev/null; then
-    apt-get update -qq
-    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurmctld slurmd slurm-client munge ||
+        echo "SLURM could not be installed: its tests will be skipped" >&2
 fi
 ruff check .
 ruff format --check .
