@@ -11,6 +11,7 @@ from statistics import fmean, median, pstdev
 from typing import Any, NamedTuple
 
 from fastvideo.distributed import UserError, on_main, warn
+from fastvideo.tracking import read_metrics
 
 Rows = list[dict[str, float]]
 
@@ -51,14 +52,15 @@ def check(output_dir: Path, iteration: int, clip_range: float) -> UserError | No
 
 def _check(output_dir: Path, iteration: int, clip_range: float) -> UserError | None:
     rules = [(lambda rows: policy_explosion(rows, clip_range), 1), (gradient_spike, 1), (gradient_spikes, 1)]
-    lines = (output_dir / "metrics.jsonl").read_text().splitlines()
     if iteration % WINDOW == 0:
+        rows = read_metrics(output_dir)
         rules += [(reward_collapse, WINDOW), (no_signal, WINDOW), (over_optimization, WINDOW)]
-    else:
-        lines = lines[-(WINDOW + HISTORY + 1) :]  # a long run is parsed only once in a while
+    else:  # a long run is parsed only once in a while
+        lines = (output_dir / "metrics.jsonl").read_text().splitlines()[-(WINDOW + HISTORY + 1) :]
+        rows = [json.loads(line) for line in lines]
     manifest = json.loads((output_dir / "manifest.json").read_text())
     begin = unchanged_since(manifest)
-    rows = [row for row in map(json.loads, lines) if row["iteration"] > begin]
+    rows = [row for row in rows if row["iteration"] > begin]
     failure = None
     for rule, step in rules:
         if trouble := rule(rows):
@@ -202,8 +204,7 @@ def best_checkpoint(output_dir: Path, checkpoints: list[Path]) -> Path | None:
     What counts is the gain since the run's first WINDOW iterations, in standard deviations that the samples had then, of the means over
     the last WINDOW iterations before the checkpoint, averaged over the held-out rewards.
     """
-    metrics = output_dir / "metrics.jsonl"
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
+    rows = read_metrics(output_dir) if (output_dir / "metrics.jsonl").exists() else []
     scores = {}
     for checkpoint in sorted(checkpoints):
         until = [row for row in rows if row["iteration"] <= iteration_of(checkpoint)]
