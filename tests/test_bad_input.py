@@ -317,7 +317,7 @@ def test_failing_reward(train, healthy_runs, tmp_path, mode, processes, iteratio
     else:
         assert (run / "checkpoints" / "latest").read_text() == f"iteration_{iteration - 1:06d}"
 
-    train(run, sick_flags(processes, "healthy"), script=script, processes=processes)
+    train(run, sick_flags(processes, "healthy"), "--allow_changed_args", script=script, processes=processes)
     assert metrics_of(run) == metrics_of(healthy_runs[processes])
     resumed, expected = (weights_of(folder / "export" / "transformer") for folder in (run, healthy_runs[processes]))
     assert all(resumed[name].equal(expected[name]) for name in expected)

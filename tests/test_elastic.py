@@ -12,6 +12,9 @@ import torch
 from conftest import largest_difference, metrics_of, run_script, weights_of
 from safetensors.torch import load_file, save_file
 
+from fastvideo.files import crc32
+from fastvideo.integrity import checksum
+
 # ------------------------------------------------------------------------------------------------------ a tiny module, all layouts
 
 LAYOUTS = {  # name -> (ZeRO stage, dtype, offload)
@@ -252,14 +255,14 @@ def test_lora_checkpoint_holds_the_adapter_alone(uninterrupted):
     state, tensors = json.loads((checkpoint / "state.json").read_text()), whole(checkpoint)
     assert all("lora_" in name for name in state["parameters"])
     assert tensors.keys() == {f"{kind}/{name}" for kind in ("weight", "exp_avg", "exp_avg_sq", "ema") for name in state["parameters"]}
-    assert sum(state["files"].values()) < 1.2 * sum(tensor.nbytes for tensor in tensors.values())
+    assert sum(file["size"] for file in state["files"].values()) < 1.2 * sum(tensor.nbytes for tensor in tensors.values())
 
 
 # ------------------------------------------------------------------------------------------------------------------------ refused
 
 
 def test_checkpoint_that_lacks_something_is_refused(train, uninterrupted, tmp_path):
-    """What the files' sizes do not show: a part of a tensor that is in no file, a file that is none, a format from before."""
+    """What sizes and checksums do not show: a part of a tensor that is in no file, a file that is none, a format from before."""
     run = tmp_path / "run"
     copy_at_iteration_2(uninterrupted(2, S2), run)
     checkpoint = iteration(run, 2)
@@ -274,11 +277,11 @@ def test_checkpoint_that_lacks_something_is_refused(train, uninterrupted, tmp_pa
     lost = next(key for key in shard if key.startswith("ema/"))
     _, name, start = lost.split("/")
     save_file({key: values for key, values in shard.items() if key != lost}, shard_file)
-    write_state(checkpoint, state | {"files": state["files"] | {shard_file.name: shard_file.stat().st_size}})
+    write_state(checkpoint, state)
     end = int(start) + len(shard[lost])
     assert f"iteration_000002 is damaged: elements {start} to {end} of ema {name} are in no file" in refusal()
 
-    shard_file.write_bytes(b"\xff" * state["files"][shard_file.name])
+    shard_file.write_bytes(b"\xff" * state["files"][shard_file.name]["size"])
     write_state(checkpoint, state)
     assert "iteration_000002 is damaged: " in refusal()
 
@@ -287,11 +290,16 @@ def test_checkpoint_that_lacks_something_is_refused(train, uninterrupted, tmp_pa
     assert f"iteration_000002 is of another model: the shape of {name} is [3, 3] there and {shapes[name]} here" in refusal()
 
     write_state(checkpoint, {key: value for key, value in state.items() if key != "updates"})
-    assert "iteration_000002 was saved by an earlier version" in refusal()
+    assert "its updates is no int" in refusal()
+    (checkpoint / "state.json").write_text(json.dumps({key: value for key, value in state.items() if key != "crc32"}))
+    assert "is damaged, or of an earlier version: it does not have its checksum" in refusal()
 
 
 def write_state(checkpoint: Path, state: dict) -> None:
-    (checkpoint / "state.json").write_text(json.dumps(state))
+    """With the sizes and checksums that the files have now."""
+    files = {path.name: {"size": path.stat().st_size, "crc32": crc32(path)} for path in checkpoint.glob("shard_*")}
+    state = state | {"files": files}
+    (checkpoint / "state.json").write_text(json.dumps(state | {"crc32": checksum(state)}))
 
 
 if __name__ == "__main__":
