@@ -35,7 +35,7 @@ def read_prompts(path: str | Path, identity: tuple[str, ...] = ("prompt",)) -> t
             try:
                 row = json.loads(line)
                 json.dumps(row, ensure_ascii=False).encode()  # fails on half a character, such as a lone "\ud83d"
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"line {number} of {path} is not valid JSON: {error}") from error
             for key in identity:
                 if not isinstance(row, dict) or not isinstance(row.get(key), str):

@@ -250,7 +250,7 @@ def read_entries(path: Path, file_format: str) -> Iterator[dict]:
                 yield entry
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:
         raise UserError(f"cannot read {path} as {file_format}, after entry {number}: {error}") from error
 
 
