@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 import transformers
 import tyro
-from conftest import REPOSITORY
+from conftest import EVALUATE, REPOSITORY, TRAIN, run_script
 from fuzz_inputs import changed_bytes, changed_files
 from golden import make_hps
 from hypothesis import HealthCheck, Phase, example, given, settings
@@ -99,7 +99,7 @@ def replaced(folder: Path, change: tuple[str, bytes]) -> Iterator[None]:
 # ------------------------------------------------------------------------------------------------ prompts, pictures, clips
 
 
-@target(quick=30, slow=2500)
+@target(quick=30, slow=3000)
 def prompt_files(folder: Path):
     for name in ("a", "b", "secret"):
         Image.new("RGB", (8, 8)).save(folder / f"{name}.png")
@@ -152,7 +152,7 @@ def command_line(*words: object) -> Iterator[None]:
         sys.argv = before
 
 
-@target(quick=30, slow=2500)
+@target(quick=30, slow=2000)
 def images(folder: Path):
     picture = Image.radial_gradient("L").resize((16, 16))
     for name, mode in (
@@ -263,7 +263,7 @@ def unfinished_caches(folder: Path):
 # --------------------------------------------------------------------------------------------------------------- run folders
 
 
-@target(quick=30, slow=2200)
+@target(quick=20, slow=1200)
 def checkpoints(folder: Path):
     """`checkpoint.load` as in a run of one small parameter; where that lies in memory is the only thing that is not DeepSpeed's."""
     run, shapes = folder / "run", {"proj.weight": [4, 3]}
@@ -319,7 +319,7 @@ def checkpoints(folder: Path):
                 found = run_folder.enter(run, "auto", arguments, "0", False)
                 assert found.parent == run / "checkpoints"
                 iteration = checkpoint.load(SimpleNamespace(module=SimpleNamespace(dtype=torch.float32)), SimpleNamespace(), found)
-                run_folder.write_manifest(run, __file__, arguments, "0", {}, iteration, RANKS)
+                run_folder.write_manifest(run, str(run / "lock"), arguments, "0", {}, iteration, RANKS)
                 assert iteration == 4 or name.endswith("state.json")
             finally:
                 for leave in leavers:
@@ -332,7 +332,7 @@ def checkpoints(folder: Path):
     return contents(run, "checkpoints/latest", "checkpoints/*/*", "manifest.json", "lock"), read
 
 
-@target(quick=20, slow=1000)
+@target(quick=20, slow=1200)
 def metrics(folder: Path):
     """metrics.jsonl of a run that is resumed, and of one whose curves are drawn."""
     names = (
@@ -723,7 +723,11 @@ def attempt(name: str, read: Read, given_input: object, folder: Path) -> bool:
     return good
 
 
-def fuzz(name: str, count: int, folder: Path) -> None:
+WHOLE = [b"", b"\0", b"\xff", b"null", b"[1]", b'"x"', b"{}", b"{}\n", b"[" * 100_000, b'{"prompt":' * 50_000 + b"\n", b"Infinity"]
+
+
+def fuzz(name: str, count: int, folder: Path, sweep: bool = False) -> None:
+    """`count` inputs, and those in FOUND; with `sweep` also each file with each of WHOLE in its place."""
     make, *_ = TARGETS[name]
     folder.mkdir()
     inputs, read = make(folder)
@@ -734,6 +738,9 @@ def fuzz(name: str, count: int, folder: Path) -> None:
         if isinstance(inputs, dict):
             for file in inputs.items():
                 assert attempt(name, read, file, folder), f"{file[0]} is good"
+            for data in WHOLE if sweep else ():
+                for path in inputs:
+                    attempt(name, read, (path, data), folder)
             inputs = changed_files(inputs)
 
         phases = [Phase.explicit, Phase.generate]  # what fails is shown as it is
@@ -755,6 +762,8 @@ def fuzz(name: str, count: int, folder: Path) -> None:
 # What was once not refused in one sentence.
 DEEP = b"[" * 100_000
 FOUND: dict[str, list] = {
+    "prompt_files": [("p.jsonl", DEEP)],
+    "prompt_lists": [("p.jsonl", DEEP), ("p.json", DEEP)],
     "manifests": [("manifest.json", data) for data in (b"", b"[1]", b'{"sampling": 1}', b"\xff", DEEP, b"9" * 5000)],
     "made_images": [("settings.json", b"1"), ("settings.json", DEEP)],
     "metrics": [("metrics.jsonl", data + b"\n") for data in (b"1", b"\xff", DEEP, b'{"iteration": 1, "reward/a_mean": "x"}')],
@@ -792,7 +801,7 @@ def test_fuzz(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TARGETS)
 def test_fuzz_long(name, tmp_path):
-    fuzz(name, TARGETS[name][2], tmp_path / "given")
+    fuzz(name, TARGETS[name][2], tmp_path / "given", sweep=True)
 
 
 @pytest.mark.slow
@@ -805,6 +814,86 @@ def test_fuzz_long_was_long(capsys):
     with capsys.disabled():
         print(f"\n{refused} bad inputs refused, {accepted} harmless ones read")
     assert refused >= 10_000
+
+
+# ---------------------------------------------------------------------------------------------------------- the whole scripts
+
+
+def resumed(file: str, data: bytes) -> Callable:
+    """Flags of a run that goes on in a copy of a finished one, in which a file is broken."""
+
+    def flags(folder: Path, run_flags: Callable, finished_run: Path) -> tuple:
+        shutil.copytree(finished_run, folder / "run")
+        (folder / "run" / file).write_bytes(data)
+        return TRAIN, *run_flags(folder / "run", {"--iterations": 8})
+
+    return flags
+
+
+def evaluated(file: str, data: bytes) -> Callable:
+    """Flags of an evaluation of such a copy, or, for MODEL/FILE, of a broken base model."""
+
+    def flags(folder: Path, run_flags: Callable, finished_run: Path) -> tuple:
+        shutil.copytree(finished_run, folder / "run")
+        shutil.copytree(MODELS / "flux", folder / "model")
+        (folder / "prompts.txt").write_text("a red circle\n")
+        (folder / file).write_bytes(data)
+        rewards = {"--rewards": "aesthetic", "--num_seeds": 1, "--checkpoint": folder / "run" / "export", "--output_dir": folder / "out"}
+        return EVALUATE, {"--model": folder / "model", "--prompts": folder / "prompts.txt", **rewards}
+
+    return flags
+
+
+def embedded(family: str, file: str, data: bytes) -> Callable:
+    """Flags of an embedding script with a broken model folder or prompt file."""
+
+    def flags(folder: Path, run_flags: Callable, finished_run: Path) -> tuple:
+        shutil.copytree(MODELS / family, folder / "model")
+        (folder / "prompts.jsonl").write_text('{"prompt": "a red circle", "image": "a.png"}\n')
+        Image.new("RGB", (32, 32)).save(folder / "a.png")
+        (folder / file).write_bytes(data)
+        size = {"--height": 32, "--width": 32} if family == "skyreels" else {}
+        paths = {"--model": folder / "model", "--prompts": folder / "prompts.jsonl", "--output_dir": folder / "out"}
+        return REPOSITORY / "preprocess" / f"embed_{family}.py", paths | size
+
+    return flags
+
+
+BROKEN = {
+    "latest": resumed("checkpoints/latest", b"../../secret"),
+    "state of another type": resumed("checkpoints/iteration_000006/state.json", b"[]"),
+    "shard cut off": resumed("checkpoints/iteration_000006/shard_00000.safetensors", b"\xff" * 9),
+    "manifest cut off": resumed("manifest.json", b'{"arguments": {'),
+    "manifest of numbers": resumed("manifest.json", b'{"arguments": {"model": 1, "rewards": 2}}'),
+    "metrics of strings": resumed("metrics.jsonl", b'{"iteration": "1"}\n{"iteration": 2}\n'),
+    "metrics nested deeply": resumed("metrics.jsonl", DEEP + b"\n"),
+    "evaluation, manifest without settings": evaluated("run/manifest.json", b"{}"),
+    "evaluation, no weights": evaluated("run/export/transformer/diffusion_pytorch_model.safetensors", b""),
+    "evaluation, tokenizer": evaluated("model/tokenizer/tokenizer.json", b"1"),
+    "evaluation, scheduler": evaluated("model/scheduler/scheduler_config.json", b"Infinity"),
+    "evaluation, index of the model": evaluated("model/model_index.json", b"null"),
+    "evaluation, prompts": evaluated("prompts.txt", b"\xff\xfe\n"),
+    "embedding, tokenizer": embedded("flux", "model/tokenizer_2/tokenizer.json", b'{"model": {}}'),
+    "embedding, settings of the tokenizer": embedded("sd", "model/tokenizer/tokenizer_config.json", b'""'),
+    "embedding, encoder": embedded(
+        "wan", "model/text_encoder/config.json", b'{"num_layers": 100000000, "architectures": ["UMT5EncoderModel"]}'
+    ),
+    "embedding, prompts": embedded("sd", "prompts.jsonl", b'{"prompt": 1}\n'),
+    "embedding, prompts nested deeply": embedded("sd", "prompts.jsonl", DEEP),
+    "embedding, picture": embedded("skyreels", "a.png", b"\x89PNG\r\n\x1a\n"),
+    "embedding, PostScript": embedded("skyreels", "a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", BROKEN)
+def test_scripts_end_in_one_sentence(what, run_flags, finished_run, tmp_path):
+    script, *flags = BROKEN[what](tmp_path, run_flags, finished_run)
+    result = run_script(script, *flags, log=tmp_path / "log")
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1, result.stderr
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").iterdir())
 
 
 # ------------------------------------------------------------------------------------------------------------ malice, by name
