@@ -15,7 +15,7 @@ from peft import LoraConfig
 
 from fastvideo.distributed import UserError, compute_dtype
 
-MOST = 4096  # layers, or positions whose angles are computed ahead
+MOST = 4096  # layers, positions whose angles are computed ahead, or tokens that are made up
 
 
 def first_line(error: Exception) -> str:
@@ -34,18 +34,19 @@ def reading(folder: Path, what: str) -> Iterator[None]:
             config = json.loads(path.read_bytes())
             if not isinstance(config, dict):
                 raise ValueError(f"{path.relative_to(folder)} is no JSON object")
-            if path.name == "config.json":
-                _check_claims(path, config)
+            _check_claims(path, config)
         yield
     except Exception as error:
         raise UserError(f"{what}: {first_line(error)}") from error
 
 
 def _check_claims(path: Path, config: dict) -> None:
-    """ValueError if a config.json describes more than can be in the files beside it: building that could take hours, or all memory."""
+    """ValueError if settings describe more than can be in the files beside them: building that could take hours, or all memory."""
     for name, value in config.items():
-        if isinstance(value, int) and value > MOST and re.search("layers|depth|blocks|rope_max_seq_len", name):
-            raise ValueError(f"its config.json has {name} {str(value)[:60]}, which is no network")
+        if isinstance(value, int) and value > MOST and re.search("layers|depth|blocks|rope_max_seq_len|extra_ids", name):
+            raise ValueError(f"its {path.name} has {name} {str(value)[:60]}, which no network has")
+    if path.name != "config.json":
+        return
     of_transformers = "_class_name" not in config
     library, name = (transformers, (config.get("architectures") or ["-"])[0]) if of_transformers else (diffusers, config["_class_name"])
     model_class = getattr(library, name, None)
