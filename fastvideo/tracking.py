@@ -186,7 +186,7 @@ def plot_rewards(output_dir: Path, path: Path, evaluation: dict[str, Any] | None
     curves = {key.removeprefix("reward/").removesuffix("_mean"): [row.get(key, math.nan) for row in metrics] for key in keys}
     names = list(dict.fromkeys([*curves, *(evaluation["base"] if evaluation else [])]))
     iterations = [row["iteration"] for row in metrics]
-    figure, axes = pyplot.subplots(len(names), 1, figsize=(7.5, 2.6 * len(names)), squeeze=False, sharex=True)
+    figure, axes = pyplot.subplots(max(1, len(names)), 1, figsize=(7.5, 2.6 * max(1, len(names))), squeeze=False, sharex=True)
     for axis, name in zip(axes[:, 0], names):
         if name in curves:
             values = torch.tensor(curves[name])
