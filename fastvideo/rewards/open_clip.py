@@ -65,7 +65,7 @@ def load_open_clip(name: str, file: Path) -> tuple[torch.nn.Module, Callable, Ca
             for key, value in section.items()
             if value and key not in known
         ]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"--rewards: {name}={file} needs its {CONFIG} beside it: {type(error).__name__}: {error}") from error
     if unknown:
         raise UserError(f"--rewards: {name}={file}: {CONFIG} has {unknown[0]!r}, which transformers' CLIPModel can't do")

@@ -129,7 +129,7 @@ def _base_folder(folder: Path, base: str, settings: dict) -> Path:
 def _read_json(path: Path) -> dict:
     try:
         settings = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"--rewards: {path} can't be read: {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"--rewards: {path} holds a {type(settings).__name__}, not an object")
