@@ -776,6 +776,10 @@ FOUND: dict[str, list] = {
         ("checkpoints/latest", b"../../secret"),
     ],
     "tokenizers": [
+        (
+            "tokenizer_2/tokenizer_config.json",
+            b'{"tokenizer_class": "T5Tokenizer", "extra_ids": 9223372036854775808}',
+        ),  # all made, one by one
         ("scheduler/scheduler_config.json", b"Infinity"),  # was looked for on the hub
         ("tokenizer/tokenizer_config.json", b'""'),
         ("tokenizer_2/tokenizer.json", b"1"),
