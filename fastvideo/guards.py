@@ -5,6 +5,7 @@ A rule looks at rows of metrics.jsonl, one an iteration, and says what is wrong 
 
 import json
 import math
+import re
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, pstdev
@@ -60,12 +61,17 @@ def _check(output_dir: Path, iteration: int, clip_range: float) -> UserError | N
         rows = [json.loads(line) for line in lines]
     manifest = json.loads((output_dir / "manifest.json").read_text())
     begin = unchanged_since(manifest)
-    rows = [row for row in rows if row["iteration"] > begin]
+    weights = zip(manifest["arguments"]["rewards"], manifest["arguments"]["reward_weights"])
+    penalties = {f"reward/{re.split('[=@,]', text)[0]}_mean" for text, weight in weights if weight < 0}  # which should fall
+    rows = [{key: value for key, value in row.items() if key not in penalties} for row in rows if row["iteration"] > begin]
     failure = None
     for rule, step in rules:
         if trouble := rule(rows):
             if not rule(rows[:-step]):
                 warn(trouble.message)
+            end = len(rows) - step
+            while end > 0 and (earlier := rule(rows[:end])):  # checkpoints of bad times are no way back
+                trouble, end = trouble._replace(since=earlier.since), end - step
             if trouble.cure and failure is None:
                 keep = manifest["arguments"]["keep_checkpoints"]
                 failure = UserError(f"{trouble.message}. {way_back(output_dir, iteration, trouble, keep)}")

@@ -10,6 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +54,10 @@ def _enter(output_dir: Path, resume: str, arguments: dict[str, Any], embeddings_
             done = int(newest.name.removeprefix("iteration_"))
             if done > arguments["iterations"]:
                 raise UserError(f"{newest} is at iteration {done}, beyond --iterations {arguments['iterations']}")
+        elif (output_dir / "export").exists():
+            raise UserError(f"--output_dir {output_dir} has a finished run whose checkpoints are gone: choose another folder")
+        elif (output_dir / "metrics.jsonl").exists():
+            warn(f"the run in {output_dir} was ended before its first checkpoint: it begins anew")
     except OSError as error:
         raise UserError(f"cannot use --output_dir {output_dir}: {error}") from error
     print(f"resuming from {newest}" if newest else f"a new run in {output_dir}")
@@ -92,7 +97,7 @@ def write_manifest(
             "source": Path(script).read_text(),
         }
         manifest, history = json.loads(json.dumps(manifest)), []
-        if path.exists():
+        with suppress(UserError):  # none yet, or a damaged one without which the user goes on
             before = _read_manifest(path)
             history = before.pop("history", [])
             history.append({name: value for name, value in before.items() if name == "started" or manifest.get(name) != value})
@@ -174,8 +179,10 @@ def _git_revision(folder: Path) -> str | None:
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+        raise UserError(f"{path} is damaged ({error})") from error
     history = manifest.get("history", []) if isinstance(manifest, dict) else None
     if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in (manifest.get("arguments"), *history)):
         raise UserError(f"{path} is not the manifest of a run")
@@ -184,12 +191,12 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 def _check_arguments(output_dir: Path, arguments: dict[str, Any], embeddings_digest: str, allow_changed_args: bool) -> None:
     """Compare with what the run in `output_dir` was last started with."""
-    path = output_dir / "manifest.json"
-    if not path.is_file():
-        raise UserError(
-            f"{output_dir} has checkpoints but no manifest.json, so its arguments cannot be compared: choose another --output_dir"
-        )
-    manifest = _read_manifest(path)
+    try:
+        manifest = _read_manifest(output_dir / "manifest.json")
+    except UserError as error:
+        if not allow_changed_args:
+            raise UserError(f"{error}, so arguments cannot be compared: --allow_changed_args goes on without") from error
+        return warn(f"{error}, so arguments are not compared")
     before, now = manifest["arguments"], json.loads(json.dumps(arguments))
     same = [name for name in now if name in FREE or name not in before or _meaning(name, before[name]) == _meaning(name, now[name])]
     changes = {name: f"--{name} was {before[name]} and is {now[name]}" for name in now if name not in same}
@@ -210,5 +217,6 @@ def _meaning(name: str, value: Any) -> Any:
     if name == "model" and isinstance(value, str):
         return Path(value).name
     if name == "rewards" and isinstance(value, list):
-        return [re.sub(r"=[^=,]*/", "=", re.sub(r"^(http[^=]*=)[^,]*", r"\1", str(spec))) for spec in value]
+        moved = [re.sub(r",(patience|batch)=[^,@]*", "", re.sub(r"^(http[^=]*=)[^,@]*", r"\1", str(spec))) for spec in value]
+        return [re.sub(r"=[^=,]*/", "=", spec) for spec in moved]
     return value

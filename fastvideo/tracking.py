@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastvideo.distributed import UserError, all_gather_object, on_main
+from fastvideo.distributed import UserError, all_gather_object, on_main, warn
 from fastvideo.files import whole_file, writing
 from fastvideo.integrity import naming_the_last
 from fastvideo.media import save_samples
@@ -36,8 +36,9 @@ class Tracker:
         self.tensorboard = self.wandb = None
 
         def start() -> None:
-            if self.path.exists():
-                self._rewind(resumed_iteration)
+            kept = self._rewind(resumed_iteration) if self.path.exists() else 0
+            if kept < resumed_iteration:
+                warn(f"{self.path} has {kept} of the {resumed_iteration} iterations that were done")
             if "tensorboard" in trackers:
                 from torch.utils.tensorboard import SummaryWriter
 
@@ -61,10 +62,11 @@ class Tracker:
         with naming_the_last(self.path.parent):
             on_main(function)
 
-    def _rewind(self, iteration: int) -> None:
+    def _rewind(self, iteration: int) -> int:
         kept = [json.dumps(row) + "\n" for row in read_metrics(self.path.parent) if row["iteration"] <= iteration]
         with whole_file(self.path) as temporary:
             temporary.write_text("".join(kept))
+        return len(kept)
 
     def log(self, iteration: int, metrics: dict[str, float]) -> None:
         """Append one iteration's numbers; on disk when this returns."""

@@ -129,6 +129,7 @@ while true; do
         read_failure
         say "$tries starts in a row have finished no new iteration: giving up. The last lines of rank $rank, which failed first (exit code $code):"
         tail -n 40 "$LOGS/rank_$rank.log"
+        [ "$code" -ne 138 ] || say "it was the warning of the time limit that ended them: more --time, or a later --signal=B:USR1@SECONDS"
         rm "$LOGS/tries" # who queues it again has mended something
         exit 1
     fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# FLUX.1-dev with the paper's settings: 32 prompts of 12 samples at 720 px on 32 GPUs (4 nodes of 8). Needs the embedding cache of
+# FLUX.1-dev with the paper's settings (16 steps as released, where Table 6 has 25): 32 prompts of 12 samples at 720 px on 32 GPUs (4 nodes of 8). Needs the embedding cache of
 # scripts/preprocess_flux.sh. Memory and batch sizes are estimates (docs/gpu.md: what we ran).
 # Rewards: HPS-v2.1 and CLIP, weighted as released (docs/rewards.md: what to download); for others add --rewards NAME... --reward_weights X... at the end.
 #

@@ -344,7 +344,7 @@ def metrics(folder: Path):
         "reward/shapes_std",
         "held_out/clip_std",
     )
-    manifest = {"arguments": {"keep_checkpoints": 2}, "history": [], "from_iteration": 0}
+    manifest = {"arguments": {"keep_checkpoints": 2, "rewards": ["shapes"], "reward_weights": [1]}, "history": [], "from_iteration": 0}
     (folder / "manifest.json").write_text(json.dumps(manifest))
     lines = [json.dumps({"iteration": i + 1, **{name: i / 10 for name in names}}) + "\n" for i in range(40)]
     (folder / "metrics.jsonl").write_text("".join(lines))

@@ -38,6 +38,7 @@ class Run:
     def start(self, arguments: dict, iteration: int, **same: object) -> None:
         """Write the manifest as a start from `iteration` does."""
         path = self.folder / "manifest.json"
+        arguments = {"rewards": ["trained"], "reward_weights": [1]} | arguments
         manifest, history = {"arguments": arguments, "from_iteration": iteration, "started": iteration}, []
         if path.exists():
             before = json.loads(path.read_text())

@@ -68,7 +68,7 @@ def test_text_in_quotes(prompt, text):
 )
 def test_prompts_without_quoted_text_are_errors_that_name_the_first(prompt):
     rows = [{"prompt": 'it says "OPEN"'}, {"prompt": prompt}, {"prompt": "a blue square"}]
-    with pytest.raises(UserError, match="which 2 of 3 prompts have not, the first of them") as error:
+    with pytest.raises(UserError, match="but 2 of 3 prompts have none, the first of them") as error:
         check_rows(rows)
     assert str(error.value).endswith(repr(prompt))
     check_rows(rows[:1])
@@ -264,7 +264,7 @@ def test_by_its_name_on_the_command_line():
     assert score(rewards, media, [{"prompt": '"Stop"'}, {"prompt": '"Stork"'}])["ocr"].tolist() == [1, 0]
     with pytest.raises(UserError, match=r"reward 'ocr' failed: .* 1 of 2 prompts .* 'a red circle'"):
         score(rewards, media, [{"prompt": '"Stop"'}, {"prompt": "a red circle"}])
-    with pytest.raises(UserError, match="1 of 9 prompts have not, the first of them 'a red circle'"):  # before the first iteration
+    with pytest.raises(UserError, match="1 of 9 prompts have none, the first of them 'a red circle'"):  # before the first iteration
         load_rewards(parse_rewards(["ocr@0.9"]), CPU, [{"prompt": '"Stop"'}] * 8 + [{"prompt": "a red circle"}])
     media[1, 0, 5, 5] = float("nan")
     with pytest.raises(UserError, match="not finite"):

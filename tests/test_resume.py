@@ -14,7 +14,7 @@ import pytest
 from conftest import ENVIRONMENT, MODEL, REPOSITORY, TRAIN, command, metrics_of, run_script, start_forked, weights_of
 
 from fastvideo.distributed import UserError
-from fastvideo.run_folder import _lock
+from fastvideo.run_folder import _lock, _meaning
 
 
 def lines_of(run: Path) -> int:
@@ -231,9 +231,42 @@ def test_the_same_files_elsewhere(train, cache, run_copy, tmp_path):
     assert "which holds other embeddings" in refusal(train, run_copy, {"--embeddings": tmp_path / "fewer"})
 
 
-def test_run_without_its_manifest_is_refused(train, run_copy):
-    (run_copy / "manifest.json").unlink()
-    assert "has checkpoints but no manifest.json" in refusal(train, run_copy)
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_run_without_its_manifest(train, run_copy, damage):
+    """Its arguments cannot be compared: only who insists goes on."""
+    path = run_copy / "manifest.json"
+    path.unlink() if damage == "missing" else path.write_text('{"arguments": {')
+    assert f"{path} is {damage}" in refusal(train, run_copy)
+    result = train(run_copy, {"--iterations": 7}, "--allow_changed_args")
+    assert "so arguments are not compared" in result.stderr
+    assert json.loads(path.read_text())["history"] == []
+
+
+def test_run_whose_checkpoints_are_gone(train, run_copy):
+    shutil.rmtree(run_copy / "checkpoints")
+    assert "has a finished run whose checkpoints are gone" in refusal(train, run_copy)
+    shutil.rmtree(run_copy / "export")
+    result = train(run_copy, {"--iterations": 1})
+    assert "was ended before its first checkpoint: it begins anew" in result.stderr
+
+
+def test_metrics_that_are_gone_are_said(train, run_copy):
+    (run_copy / "metrics.jsonl").unlink()
+    assert "metrics.jsonl has 0 of the 6 iterations that were done" in train(run_copy, {"--iterations": 7}).stderr
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "same"),
+    [
+        ("hpsv2=/a/HPS.pt,dtype=auto@0.28", "hpsv2=b/HPS.pt,dtype=auto@0.28", True),
+        ("hpsv2=/a/HPS.pt", "hpsv2=/a/HPS_old.pt", False),
+        ("clip=m/clip@0.3", "clip=m/clip@0.4", False),
+        ("http.a=http://n1:8000+http://n2:8000,reward=ocr,patience=8@0.5", "http.a=http://n3:9000,reward=ocr@0.5", True),
+        ("http.a=http://n1:8000,reward=ocr", "http.a=http://n1:8000,reward=clip", False),
+    ],
+)
+def test_the_same_rewards_elsewhere(before, now, same):
+    assert (_meaning("rewards", [before]) == _meaning("rewards", [now])) == same
 
 
 # ------------------------------------------------------------------------------------------------------- one run at a time

@@ -46,8 +46,15 @@ def test_a_held_out_reward_is_logged_and_changes_nothing(train, finished_run, tm
         ({"--reward_weights": (1, 2), "--held_out_rewards": "shapes"}, "--reward_weights has 2 numbers for 1 --rewards"),
         ({"--reward_weights": "nan"}, "--reward_weights are nan, but must be finite"),
         ({"--rewards": "aesthetic@nan"}, "the threshold 'nan' in 'aesthetic@nan' is not a number"),
+        (
+            {"--reward_weights": 0},
+            "gives 'aesthetic' 0: what is logged and never trained on belongs to --held_out_rewards",
+        ),
+        ({"--rewards": "aesthetic@"}, "'aesthetic@' is not of the form NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]"),
+        ({"--rewards": "videoalign=F"}, "known names are videoalign.vq, videoalign.mq, videoalign.ta, written as"),
+        ({"--rewards": "clip=F,dtype=auto,dtype=auto"}, "gives the option 'dtype' twice"),
     ],
-    ids=["twice", "unknown", "weights", "weight_nan", "threshold_nan"],
+    ids=["twice", "unknown", "weights", "weight_nan", "threshold_nan", "weight_0", "empty", "head", "option_twice"],
 )
 def test_bad_flags(train, tmp_path, flags, message):
     result = train(tmp_path / "run", flags, check=False)

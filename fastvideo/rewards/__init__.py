@@ -74,7 +74,11 @@ def parse_rewards(texts: Sequence[str]) -> list[RewardSpec]:
         match = re.fullmatch(r"(?P<name>[^=@,]+)(=(?P<path>.*?))?(?P<options>(,\w+=[^,@]*)*)(@(?P<threshold>[^@/]+))?", text)
         if match is None or _loader(match["name"]) is None:
             form = "NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]"
-            raise UserError(f"--rewards: unknown reward {text!r}; known names are {', '.join(REWARDS)}, written as {form}")
+            name = re.split("[=@,]", text)[0]
+            if name in REWARDS:
+                raise UserError(f"--rewards: {text!r} is not of the form {form}: something is empty in it, or stands twice")
+            known = [other for other in REWARDS if other.startswith(f"{name}.")] or REWARDS
+            raise UserError(f"--rewards: unknown reward {text!r}; known names are {', '.join(known)}, written as {form}")
         kind, _, label = match["name"].rpartition(".")
         if match["name"] not in REWARDS and not re.fullmatch("[A-Za-z0-9_]+", label):
             raise UserError(f"--rewards: the label {label!r} in {text!r} must have letters, digits and _ alone, as {kind}.LABEL")
@@ -101,6 +105,8 @@ def _options(name: str, words: str, text: str) -> dict[str, Any]:
     defaults = {parameter.name: parameter.default for parameter in parameters if parameter.kind == parameter.KEYWORD_ONLY}
     options = {}
     for option, value in (word.split("=", 1) for word in words.split(",")[1:]):
+        if option in options:
+            raise UserError(f"--rewards: {text!r} gives the option {option!r} twice")
         if option not in defaults:
             raise UserError(f"--rewards: {text!r} has an unknown option {option!r}; {name} knows {', '.join(defaults) or 'none'}")
         try:
@@ -124,6 +130,9 @@ def check_rewards(trained: tuple[str, ...], weights: tuple[float, ...], held_out
         raise UserError(f"--reward_weights has {len(weights)} numbers for {len(trained)} --rewards")
     if not all(map(math.isfinite, weights)):
         raise UserError(f"--reward_weights are {', '.join(map(str, weights))}, but must be finite")
+    for text, weight in zip(trained, weights):
+        if weight == 0:
+            raise UserError(f"--reward_weights gives {text!r} 0: what is logged and never trained on belongs to --held_out_rewards")
     return weights or (1.0,) * len(trained)
 
 

@@ -68,7 +68,7 @@ def check_rows(rows: Sequence[dict]) -> None:
     without = [row["prompt"] for row in rows if not normalise(quoted_text(row["prompt"]))]
     if without:
         raise UserError(
-            f'ocr needs the text to draw in quotes, as in a sign that says "OPEN", which {len(without)} of {len(rows)} prompts have not, '
+            f'ocr needs the text to draw in quotes, as in a sign that says "OPEN", but {len(without)} of {len(rows)} prompts have none, '
             f"the first of them {without[0]!r}"
         )
 
