@@ -225,6 +225,24 @@ def test_the_way_back_is_the_newest_from_before(run):
     assert "write iteration_000020 into" in run.go(curve(*[0.7] * 10, *[0.8] * 10, *[0.2] * 10))[1][30]  # the reward fell after 20
 
 
+def test_checkpoints_of_bad_times_are_no_way_back(run):
+    """The first explosion was saved too, and the same command went on from there."""
+    run.save(1, 2)
+    rows = curve(0.5, 0.5, 0.0, 0.0)
+    _, errors = run.go([row | {"policy/approx_kl": 1.0} if row["iteration"] > 1 else row for row in rows])
+    assert list(errors) == [2, 3, 4]
+    assert all("write iteration_000001 into" in error for error in errors.values())
+
+
+def test_a_penalty_should_fall(run):
+    """A reward whose weight is negative; with a positive one it is a collapse."""
+    fall = curve(*line(0.7, 0.2, 30), *[0.2] * 10)
+    run.start({"reward_weights": [-1], "rewards": ["a=FILE@0.5"], "keep_checkpoints": 3}, 0)
+    assert run.go(fall) == ([], {})
+    run.start({"reward_weights": [1], "rewards": ["a=FILE@0.5"], "keep_checkpoints": 3}, 0)
+    assert run.go(fall)[1]
+
+
 def test_the_way_back_is_one_that_is_still_there(run):
     """The save that follows leaves --keep_checkpoints 2, itself and one more, and the best."""
     run.save(10, 20, 30)

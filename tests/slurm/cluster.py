@@ -133,5 +133,6 @@ def wait_for(condition, seconds: float, complaint: str) -> None:
 
 if __name__ == "__main__":  # by hand: python tests/slurm/cluster.py NEW_FOLDER
     with contextlib.suppress(KeyboardInterrupt), slurm(Path(sys.argv[1])):
-        print(f"export SLURM_CONF={sys.argv[1]}/slurm.conf; end it with Ctrl-C", flush=True)
+        # Its nodes' names resolve nowhere.
+        print(f"export SLURM_CONF={sys.argv[1]}/slurm.conf MASTER_ADDR=127.0.0.1 GLOO_SOCKET_IFNAME=lo; end it with Ctrl-C", flush=True)
         signal.pause()
