@@ -89,7 +89,7 @@ def read_checkpoint(name: str, file: Path) -> dict[str, Any]:
     try:
         checkpoint = load_file(file) if file.suffix == ".safetensors" else torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # of damaged files they raise all sorts; what PyTorch says further on is no advice for strangers' files
-        reason = re.split(r"\.\s|\n", str(error))[0]
+        reason = re.split(r"\.\s|\n", str(error))[0] or type(error).__name__
         raise UserError(f"--rewards: {name}={file} can't be read as a file of weights, download it again: {reason}") from error
     if not isinstance(checkpoint, dict):
         raise UserError(f"--rewards: {name}={file} holds a {type(checkpoint).__name__}, not a dict of weights")

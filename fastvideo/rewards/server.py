@@ -93,7 +93,8 @@ def make_app(scorer: Scorer, args: Args, token: str) -> FastAPI:
         if reward is None and len(scorer.rewards) == 1:
             reward = next(iter(scorer.rewards))
         if reward not in scorer.rewards:
-            raise HTTPException(404, f"there is no reward {reward!r} here, only {', '.join(scorer.rewards)}: choose one by reward=NAME")
+            which = "are several rewards" if reward is None else f"is no reward {reward!r}"
+            raise HTTPException(404, f"there {which} here ({', '.join(scorer.rewards)}): choose one by reward=NAME")
         kind = request.headers.get("content-type", SAFETENSORS).partition(";")[0].strip().lower()
         if kind not in KINDS:
             raise HTTPException(415, f"a body of type {kind!r} can't be read here, only {', '.join(KINDS)}: send its Content-Type")
