@@ -232,8 +232,7 @@ def small_cache(folder: Path, ranks: Ranks) -> Path:
 
 @target(quick=20, slow=2500)
 def caches(folder: Path):
-    cache_dir, others = small_cache(folder, RANKS), folder / "outside"
-    shutil.copytree(cache_dir, others)
+    cache_dir = small_cache(folder, RANKS)
 
     def read(change):
         with replaced(cache_dir, change):
@@ -407,7 +406,7 @@ target(quick=0, slow=60)(model_target("hunyuan", {"transformer": "HunyuanVideoTr
 target(quick=0, slow=60)(model_target("wan", {"transformer": "WanTransformer3DModel", "vae": "AutoencoderKLWan"}))
 
 
-@target(quick=2, slow=60)
+@target(quick=0, slow=60)
 def pipelines(folder: Path):
     """A whole folder, as evaluation and make_reference_images.py load it, and its scheduler as evaluation changes it."""
     model = folder / "model"
