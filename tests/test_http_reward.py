@@ -447,7 +447,7 @@ def test_labels_may_not_repeat():
 
 def test_rewards_are_chosen_by_name(server):
     media, rows = batch(0)
-    with pytest.raises(UserError, match="there are several rewards here .shapes, aesthetic, motion, gated.: choose one by reward=NAME"):
+    with pytest.raises(UserError, match=r"there are several rewards here \(shapes, aesthetic, motion, gated\): choose one by reward=NAME"):
         score(rewards(f"http={server.url}"), media, rows)
     with pytest.raises(UserError, match="there is no reward 'clip' here"):
         score(rewards(f"http={server.url},reward=clip"), media, rows)
