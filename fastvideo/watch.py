@@ -145,7 +145,7 @@ class Watch:
             when = f"{datetime.fromtimestamp(since):%H:%M:%S}, {time.time() - since:.0f} s ago"
             reasons.append(f"{name} on {host} gave the last sign of life at {when}: killed, stopped, or cut off")
         if not reasons:  # all live: is one not where the others wait for it?
-            places = [(rank, host, self._read("place", rank)) for rank, host in named if not words[rank]]
+            places = [(rank, host, self._read("place", rank)) for rank, host in named if words[rank] in ("", LEFT)]  # it may be through
             reasons = [f"rank {rank} on {host} keeps the others waiting: it is at {place}" for rank, host, place in places if place]
         living = [rank for rank in ranks if rank not in silent and words[rank] in ("", LEFT)]
         reason = "; ".join(reasons) or f"a collective failed although all processes live: {self.error}"
