@@ -109,9 +109,10 @@ def main() -> None:
             key = digest(prompt, args.seed)
             rows = prompts.get(key, [])
             words = len(prompt.split())
+            written = prompt + json.dumps(further, ensure_ascii=False)
             if not normalise(prompt):
                 reason = "empty"
-            elif any("\ud800" <= character <= "\udfff" or character == "\ufffd" for character in prompt):
+            elif "\ufffd" in prompt or any("\ud800" <= character <= "\udfff" for character in written):
                 reason = "broken"
             elif words < args.min_words:
                 reason = "too_short"

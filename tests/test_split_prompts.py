@@ -135,6 +135,10 @@ def test_what_is_dropped_and_why(split, write):
 def test_half_a_character_is_broken(split, write):
     _, _, report = split(write("captions.json", [{"cap": prompt} for prompt in [*PROMPTS, "a fox with \ud83d half an emoji", None]]))
     assert counts(report) == {"broken": 1, "empty": 1}
+    rows = [{"prompt": prompt, "note": "\ud83d" if i == 0 else ""} for i, prompt in enumerate(PROMPTS)]  # in what is kept beside it too
+    path = write("rows.jsonl", [])
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert counts(split(path)[2]) == {"broken": 1}
 
 
 @pytest.mark.parametrize(
