@@ -106,7 +106,8 @@ progress() { # how many iterations have been finished, or how many files of embe
 rank=0 code=0
 read_failure() { # which rank failed first, and how
     if compgen -G "$LOGS/failed.*" >/dev/null; then
-        read -r _ rank code < <(sort -n "$LOGS"/failed.* | head -n 1)
+        # What SIGTERM ended comes last: srun sends it to the others when one has failed, perhaps within the same second.
+        read -r _ _ rank code < <(awk '{ print ($3 == 138 || $3 == 143), $0 }' "$LOGS"/failed.* | sort -n -k1,1 -k2,2 | head -n 1)
     fi
 }
 
