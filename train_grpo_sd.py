@@ -22,12 +22,12 @@ from tqdm import tqdm
 
 from fastvideo import checkpoint, distributed, guards, run_folder, tracking, zero
 from fastvideo.attention import set_attention
-from fastvideo.distributed import Ranks, UserError, keyed_generator, warn
+from fastvideo.distributed import Ranks, UserError, first_line, keyed_generator, warn
 from fastvideo.ema import EMA
 from fastvideo.embedding_cache import EmbeddingCache
 from fastvideo.fingerprint import check_encoder
 from fastvideo.flags import check_numbers, check_size
-from fastvideo.pretrained import add_lora, first_line, initial_weights, load_pretrained
+from fastvideo.pretrained import add_lora, initial_weights, load_pretrained
 from fastvideo.prompts import draw_prompts
 from fastvideo.rewards import check_rewards, load_rewards, parse_rewards, score
 from fastvideo.rewards.preflight import preflight

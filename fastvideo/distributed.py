@@ -154,6 +154,11 @@ def run(main: Callable[[], None]) -> None:
         dist.destroy_process_group()
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, without the pages that may follow."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def warn(message: str) -> None:
     """One line on stderr, from rank 0 only."""
     if launch_rank() == 0:

@@ -245,4 +245,5 @@ def _read_index(folder: Path) -> dict:
 def refuse_difference(path: Path, found: dict, wanted: dict, wanted_by: str) -> None:
     for key, value in wanted.items():
         if found.get(key) != value:
-            raise UserError(f"{path} was made with {key} {found.get(key)!r}, but {wanted_by} has {value!r}")
+            remedy = ": the text may have been read wrongly, so make it again in an empty --output_dir" if key == "token_ids" else ""
+            raise UserError(f"{path} was made with {key} {found.get(key)!r}, but {wanted_by} has {value!r}{remedy}")

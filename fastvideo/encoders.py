@@ -18,8 +18,9 @@ import transformers
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from fastvideo.distributed import Ranks, UserError, compute_dtype, init
-from fastvideo.pretrained import first_line, reading
+from fastvideo.distributed import Ranks, UserError, compute_dtype, first_line, init
+from fastvideo.pretrained import reading
+from fastvideo.tokenizers import load_tokenizers
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # of pictures; PIL would run Ghostscript on a PostScript file
 UNCONDITIONAL = {"prompt": ""}  # no row of `read_prompts` has an empty prompt
@@ -44,22 +45,11 @@ def start(model_dir: str, dtype: str, **at_least_one: int) -> tuple[Ranks, torch
 def load_encoders(pipeline_class: type[DiffusionPipeline], model_dir: str, **components: Any) -> DiffusionPipeline:
     """The pipeline on the CPU, with the loaded `components` (None for what is not needed) and the tokenizers and scheduler in the folder.
 
-    Raises UserError for a folder or file that is missing or broken.
+    Raises UserError for a folder or file that is missing or broken, and for a tokenizer whose ids are not those of its files.
     """
     with reading(Path(model_dir), f"--model: {model_dir} cannot be loaded as {pipeline_class.__name__}"):
-        pipeline = pipeline_class.from_pretrained(model_dir, local_files_only=True, use_safetensors=True, **components)
-    for name in filter(lambda name: name.startswith("tokenizer"), pipeline.components):
-        # Without these files transformers makes a tokenizer that knows no words, and says nothing.
-        files = {kind: Path(model_dir) / name / file for kind, file in getattr(pipeline, name).vocab_files_names.items()}
-        in_one_file = files.pop("tokenizer_file")
-        if not in_one_file.is_file() and not all(path.is_file() for path in files.values()):
-            raise UserError(
-                f"--model: {Path(model_dir) / name} has no {in_one_file.name} and no {' and '.join(path.name for path in files.values())}"
-            )
-        with reading(Path(model_dir) / name, f"--model: {Path(model_dir) / name} is no tokenizer that works"):
-            tokenizer = getattr(pipeline, name)
-            tokenizer("a", padding="max_length", max_length=min(8, tokenizer.model_max_length), truncation=True, return_tensors="pt")
-    return pipeline
+        components |= load_tokenizers(model_dir, "--model")
+        return pipeline_class.from_pretrained(model_dir, local_files_only=True, use_safetensors=True, **components)
 
 
 def report_prompts(

@@ -13,14 +13,10 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
 
-from fastvideo.distributed import UserError, compute_dtype
+from fastvideo.distributed import UserError, compute_dtype, first_line
+from fastvideo.tokenizers import load_tokenizers
 
 MOST = 4096  # layers, positions whose angles are computed ahead, or tokens that are made up
-
-
-def first_line(error: Exception) -> str:
-    """What an error of diffusers or transformers says, without the pages that may follow."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @contextmanager
@@ -36,6 +32,8 @@ def reading(folder: Path, what: str) -> Iterator[None]:
                 raise ValueError(f"{path.relative_to(folder)} is no JSON object")
             _check_claims(path, config)
         yield
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{what}: {first_line(error)}") from error
 
@@ -88,7 +86,9 @@ def load_pipeline(folder: str | Path, dtype: str, device: torch.device, flag: st
         raise UserError(f"{flag} {folder} is no diffusers folder: it has no model_index.json")
     options = {"local_files_only": True, "use_safetensors": True}
     with reading(Path(folder), f"{flag} {folder} cannot be loaded"):
-        pipeline = DiffusionPipeline.from_pretrained(folder, dtype=compute_dtype(dtype, device), **options)
+        pipeline = DiffusionPipeline.from_pretrained(
+            folder, dtype=compute_dtype(dtype, device), **options, **load_tokenizers(folder, flag, of_any_kind=True)
+        )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 

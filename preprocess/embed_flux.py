@@ -24,6 +24,7 @@ from fastvideo.encoders import load_encoders, report_prompts, start
 from fastvideo.fingerprint import encoder_fingerprint
 from fastvideo.pretrained import load_pretrained
 from fastvideo.prompts import read_prompts
+from fastvideo.tokenizers import token_digest
 
 FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 
@@ -63,7 +64,7 @@ def main() -> None:
     ).to(ranks.device)
     length = args.max_sequence_length or min(512, pipeline.tokenizer_2.model_max_length)
     settings = {"family": "flux", "max_sequence_length": length, "dtype": str(dtype).removeprefix("torch.")}
-    fingerprint = on_main(lambda: encoder_fingerprint(args.model, FOLDERS, **settings))
+    fingerprint = on_main(lambda: encoder_fingerprint(args.model, FOLDERS, token_ids=token_digest(pipeline.components), **settings))
     report_prompts(rows, report, lambda prompts: pipeline.tokenizer_2(prompts).input_ids, length, ranks)
 
     @torch.inference_mode()

@@ -24,6 +24,7 @@ from fastvideo.encoders import UNCONDITIONAL, load_encoders, report_prompts, sta
 from fastvideo.fingerprint import encoder_fingerprint
 from fastvideo.pretrained import load_pretrained
 from fastvideo.prompts import read_prompts
+from fastvideo.tokenizers import token_digest
 
 FOLDERS = ("text_encoder", "tokenizer")
 NOT_NEEDED = {"unet": None, "vae": None, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -54,7 +55,7 @@ def main() -> None:
     text_encoder = load_pretrained(CLIPTextModel, args.model, "text_encoder", dtype=dtype)
     pipeline = load_encoders(StableDiffusionPipeline, args.model, text_encoder=text_encoder, **NOT_NEEDED).to(ranks.device)
     settings = {"family": "sd", "dtype": str(dtype).removeprefix("torch.")}
-    fingerprint = on_main(lambda: encoder_fingerprint(args.model, FOLDERS, **settings))
+    fingerprint = on_main(lambda: encoder_fingerprint(args.model, FOLDERS, token_ids=token_digest(pipeline.components), **settings))
     report_prompts(rows, report, lambda prompts: pipeline.tokenizer(prompts).input_ids, pipeline.tokenizer.model_max_length, ranks)
 
     @torch.inference_mode()

@@ -25,6 +25,7 @@ from fastvideo.encoders import UNCONDITIONAL, check_images, load_encoders, read_
 from fastvideo.fingerprint import encoder_fingerprint
 from fastvideo.pretrained import load_pretrained
 from fastvideo.prompts import read_prompts
+from fastvideo.tokenizers import token_digest
 
 FOLDERS = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "vae")
 
@@ -77,7 +78,7 @@ def main() -> None:
     length = args.max_sequence_length or min(256, pipeline.tokenizer.model_max_length)
     settings = {"family": "skyreels", "max_sequence_length": length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"height": args.height, "width": args.width}
-    fingerprint = on_main(lambda: encoder_fingerprint(args.model, FOLDERS, **settings))
+    fingerprint = on_main(lambda: encoder_fingerprint(args.model, FOLDERS, token_ids=token_digest(pipeline.components), **settings))
 
     def tokenize(prompts: list[str]) -> list[list[int]]:
         ids = pipeline.tokenizer([TEMPLATE["template"].format(prompt) for prompt in prompts]).input_ids

@@ -25,6 +25,7 @@ from fastvideo.encoders import UNCONDITIONAL, load_encoders, report_prompts, sta
 from fastvideo.fingerprint import encoder_fingerprint
 from fastvideo.pretrained import load_pretrained
 from fastvideo.prompts import read_prompts
+from fastvideo.tokenizers import token_digest
 
 FOLDERS = ("text_encoder", "tokenizer")
 
@@ -61,7 +62,7 @@ def main() -> None:
     pipeline = load_encoders(WanPipeline, args.model, text_encoder=text_encoder, transformer=None, vae=None).to(ranks.device)
     length = args.max_sequence_length or min(512, pipeline.tokenizer.model_max_length)
     settings = {"family": "wan", "max_sequence_length": length, "dtype": str(dtype).removeprefix("torch.")}
-    fingerprint = on_main(lambda: encoder_fingerprint(args.model, FOLDERS, **settings))
+    fingerprint = on_main(lambda: encoder_fingerprint(args.model, FOLDERS, token_ids=token_digest(pipeline.components), **settings))
     report_prompts(rows, report, lambda prompts: pipeline.tokenizer([prompt_clean(p) for p in prompts]).input_ids, length, ranks)
 
     @torch.inference_mode()

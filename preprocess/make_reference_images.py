@@ -26,12 +26,13 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from fastvideo.distributed import UserError, all_gather_object, init, keyed_generator, launch_rank, on_main, run, together
+from fastvideo.distributed import UserError, all_gather_object, first_line, init, keyed_generator, launch_rank, on_main, run, together
 from fastvideo.embedding_cache import refuse_difference
 from fastvideo.files import whole_file
 from fastvideo.fingerprint import encoder_fingerprint
-from fastvideo.pretrained import first_line, load_pipeline
+from fastvideo.pretrained import load_pipeline
 from fastvideo.prompts import read_prompts
+from fastvideo.tokenizers import token_digest
 
 Job = tuple[int, int]  # index of the row, index of the picture among the row's
 
@@ -117,6 +118,7 @@ def prepare_folder(args: Args, rows: list[dict], pipeline: DiffusionPipeline) ->
         pipeline=type(pipeline).__name__,
         prompts="sha256:" + hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         dtype=str(pipeline.dtype).removeprefix("torch."),
+        token_ids=token_digest(pipeline.components),
         **{name: getattr(args, name) for name in ("height", "width", "num_inference_steps", "guidance_scale", "images_per_prompt", "seed")},
     )
     path = args.output_dir / "settings.json"

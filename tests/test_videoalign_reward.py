@@ -518,7 +518,7 @@ def test_damaged_weights_are_refused(copy, changes, words):
         ("Qwen2-VL-2B-Instruct/config.json", None, "say base=FOLDER"),
         ("Qwen2-VL-2B-Instruct/tokenizer.json", None, "say base=FOLDER"),
         ("Qwen2-VL-2B-Instruct/config.json", b"{", "can't be read as a Qwen2-VL folder"),
-        ("Qwen2-VL-2B-Instruct/tokenizer.json", b"{", "can't be read as a Qwen2-VL folder"),
+        ("Qwen2-VL-2B-Instruct/tokenizer.json", b"{", "Qwen2-VL-2B-Instruct is no tokenizer that works"),
     ],
 )
 def test_damaged_files_are_refused(copy, name, content, words):

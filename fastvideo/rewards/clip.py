@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from fastvideo.distributed import UserError, compute_dtype
+from fastvideo.tokenizers import load_tokenizer
 
 Reward = Callable[[torch.Tensor, list[dict]], torch.Tensor]
 
@@ -66,18 +67,18 @@ def load_clip_folder(name: str, path: str, processor: str | None = None) -> tupl
         raise UserError(f"{given}: {path} has no config.json")
     if not any((Path(processor) / file).is_file() for file in ("tokenizer.json", "vocab.json")):  # transformers would make an empty one
         raise UserError(f"{given}: {processor} has no tokenizer.json{hint}")
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel, CLIPTokenizer
     from transformers.image_processing_base import ImageProcessingMixin
 
     try:
         config, _ = ImageProcessingMixin.get_image_processor_dict(processor, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(processor, local_files_only=True)
         model, report = CLIPModel.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
     except Exception as error:  # transformers raises all sorts: OSError, KeyError, SafetensorError, ...
         raise UserError(f"{given} can't be read as a CLIP folder: {type(error).__name__}: {error}") from error
     for kind, keys in (("lacks", report["missing_keys"]), ("has, but CLIPModel has not,", report["unexpected_keys"])):
         if keys:
             raise UserError(f"{given} {kind} {len(keys)} weights, such as {sorted(keys)[0]}")
+    tokenizer = load_tokenizer(Path(processor), CLIPTokenizer, given)
     text = model.config.text_config
     if len(tokenizer) > text.vocab_size:
         raise UserError(f"{given}: the tokenizer of {processor} has {len(tokenizer)} tokens, the model only {text.vocab_size}")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from fastvideo.distributed import UserError
+from fastvideo.tokenizers import load_tokenizer
 
 HEADS = ("VQ", "MQ", "TA")
 REWARD_TOKENS = [f"<|{head}_reward|>" for head in HEADS]
@@ -39,7 +40,7 @@ def load_checkpoint(folder: Path, base: str, device: torch.device, dtype: torch.
     base: folder of the base model, "" to look for it inside and beside `folder`.
     Raises UserError for anything missing, damaged, left over or of another shape than the model's, naming file and weight.
     """
-    from transformers import AutoTokenizer, Qwen2VLConfig, Qwen2VLModel
+    from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLModel
 
     settings = _read_settings(folder / "model_config.json")
     base = _base_folder(folder, base, settings)
@@ -48,10 +49,10 @@ def load_checkpoint(folder: Path, base: str, device: torch.device, dtype: torch.
         raise UserError(f"--rewards: {folder} has no checkpoint-N folder")
     checkpoint = max(checkpoints, key=lambda path: int(path.name.rpartition("-")[2]))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, local_files_only=True)
         config = Qwen2VLConfig.from_pretrained(base, local_files_only=True)
     except Exception as error:  # transformers raises all sorts
         raise UserError(f"--rewards: {base} can't be read as a Qwen2-VL folder: {type(error).__name__}: {error}") from error
+    tokenizer = load_tokenizer(base, Qwen2Tokenizer, "--rewards")
     tokenizer.add_tokens(REWARD_TOKENS, special_tokens=True)
     config.text_config.vocab_size = len(tokenizer)
 

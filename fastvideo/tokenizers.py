@@ -1,0 +1,128 @@
+"""Tokenizers that give a model the token ids it was trained on: those of the files in its folder, whatever class its settings name.
+
+transformers builds the tokenizers of some classes anew and takes only the vocabulary from tokenizer.json: `LlamaTokenizerFast` then splits
+text as Llama 3 never saw it and loses all that is not ASCII, and `T5Tokenizer` takes another token for UMT5's unknown one.
+"""
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import regex
+import sentencepiece
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from fastvideo.distributed import UserError, first_line, warn
+
+PROBE = (  # what tokenizers differ in: spaces, lines, marks, digits, scripts, joined emoji, special tokens
+    "A cat walks on the grass, realistic style.",
+    "  two  spaces,\ta tab\n\nand\r\nlines \n",
+    "DON'T stop: (it's) \"5-10%\" [of] #1_000 @ $3.50?!...",
+    "1 12 123 1234567 3D 4k",
+    "Ein Mädchen läuft über die Straße; déjà vu, naïve café",
+    "Девочка бежит по траве.",
+    "Ένα κορίτσι τρέχει στο γρασίδι",
+    "فتاة تركض على العشب",
+    "ילדה רצה על הדשא",
+    "一个女孩在草地上奔跑。",
+    "少女が草原を走っている。カメラ",
+    "소녀가 잔디 위를 달린다",
+    "เด็กหญิงวิ่งบนหญ้า",
+    "एक लड़की घास पर दौड़ रही है",
+    "🐱 👩‍🚀🏽 ❤️ 🇯🇵",
+    "<|start_header_id|>user<|end_header_id|>\n\nred<|eot_id|>",
+)
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # as OpenAI published it
+
+
+def load_tokenizers(model_dir: str | Path, flag: str, *, of_any_kind: bool = False) -> dict[str, PreTrainedTokenizerBase]:
+    """The tokenizers that the model_index.json of a pipeline's folder names, by name, each as `load_tokenizer` gives it."""
+    index = json.loads((Path(model_dir) / "model_index.json").read_bytes())
+    named = {name: entry for name, entry in index.items() if name.startswith("tokenizer") and isinstance(entry, list)}
+    classes = {name: getattr(transformers, entry[1]) for name, entry in named.items() if entry[0] == "transformers"}
+    return {name: load_tokenizer(Path(model_dir) / name, kind, flag, of_any_kind=of_any_kind) for name, kind in classes.items()}
+
+
+def load_tokenizer(folder: Path, tokenizer_class: Any, flag: str, *, of_any_kind: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer in `folder`, which pads on the right. `tokenizer_class` reads only folders without tokenizer.json.
+
+    Raises UserError, beginning with the flag, for files that are missing or broken, for token ids that are not those of the files, and for
+    files that nothing but `tokenizer_class` can read; with `of_any_kind` these are only warned of.
+    """
+    in_one_file = folder / "tokenizer.json"
+    options = {"local_files_only": True, "padding_side": "right", "model_input_names": ["input_ids", "attention_mask"]}
+    try:
+        tokenizer = (PreTrainedTokenizerFast if in_one_file.is_file() else tokenizer_class).from_pretrained(folder, **options)
+        files = [folder / name for kind, name in tokenizer.vocab_files_names.items() if kind != "tokenizer_file"]
+        if not in_one_file.is_file() and not all(path.is_file() for path in files):  # transformers would make one that knows no words
+            raise UserError(f"{flag}: {folder} has no {in_one_file.name} and no {' and '.join(path.name for path in files)}")
+        tokenizer("a", padding="max_length", max_length=min(8, tokenizer.model_max_length), truncation=True, return_tensors="pt")
+        ids, own = token_ids(tokenizer), own_token_ids(folder)
+    except UserError:
+        raise
+    except Exception as error:  # what transformers and tokenizers raise is not documented
+        raise UserError(f"{flag}: {folder} is no tokenizer that works: {first_line(error)}") from error
+    if own is None:
+        unchecked = f"{folder} has no tokenizer.json, without which its tokens cannot be checked"
+        if not of_any_kind:
+            raise UserError(f"{flag}: {unchecked}")
+        warn(unchecked)
+        return tokenizer
+    for text, found, right in zip(PROBE, ids, own, strict=True):
+        if found != right:
+            raise UserError(f"{flag}: {folder} is read wrongly: for {text!r} its own files give the tokens {right}, but this has {found}")
+    return tokenizer
+
+
+def token_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Of the probe's texts, with what the tokenizer puts around them."""
+    return [tokenizer(text).input_ids for text in PROBE]  # one by one: a batch would start threads, and forking warns of them
+
+
+def own_token_ids(folder: Path) -> list[list[int]] | None:
+    """What the files in `folder` give for the probe without any of transformers' classes; None if that takes one of them.
+
+    tokenizer.json is read by tokenizers, T5's spiece.model by sentencepiece, CLIP's vocab.json and merges.txt by CLIP's published rules.
+    """
+    if (folder / "tokenizer.json").is_file():
+        own = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        own.no_padding()  # the file may hold what the last call before its saving asked for
+        own.no_truncation()
+        return [own.encode(text).ids for text in PROBE]
+    if (folder / "spiece.model").is_file():
+        pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
+        return [[*pieces.encode(text), pieces.eos_id()] for text in PROBE]
+    if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
+        return None
+    vocab = json.loads((folder / "vocab.json").read_bytes())
+    if not {"<|startoftext|>", "<|endoftext|>"} <= vocab.keys():
+        return None
+    suffix = {"end_of_word_suffix": "</w>", "unk_token": "<|endoftext|>"}
+    own = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"), **suffix))
+    own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    texts = [re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).lower() for text in PROBE]
+    bodies = [own.encode(regex.findall(CLIP_WORDS, text), is_pretokenized=True).ids for text in texts]
+    return [[vocab["<|startoftext|>"], *body, vocab["<|endoftext|>"]] for body in bodies]
+
+
+def token_digest(components: dict[str, Any]) -> str:
+    """Of the ids that the tokenizers among a pipeline's components give for the probe: for the fingerprint of what they read."""
+    return _digest((name, token_ids(part)) for name, part in components.items() if isinstance(part, PreTrainedTokenizerBase))
+
+
+def own_digest(model_dir: str | Path, names: Iterable[str]) -> str:
+    """What `token_digest` is for tokenizers in these folders of `model_dir` that are read rightly. Raises UserError for broken files."""
+    try:
+        return _digest((name, own_token_ids(Path(model_dir) / name)) for name in names)
+    except Exception as error:  # as above
+        raise UserError(f"the tokenizers in {model_dir} cannot be read: {first_line(error)}") from error
+
+
+def _digest(ids: Iterable[tuple[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps([PROBE, sorted(ids)]).encode()).hexdigest()
