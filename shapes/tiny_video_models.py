@@ -1,14 +1,13 @@
 """Fresh, untrained HunyuanVideo and SkyReels-I2V models in sizes that suit clips of 32 px, with tokenizers built without any download."""
 
-import json
 import re
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLHunyuanVideo, HunyuanVideoTransformer3DModel
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, LlamaTokenizerFast
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
 from shapes import video, world
 from shapes.tiny_models import TEXT_LENGTH
@@ -16,43 +15,45 @@ from shapes.tiny_models import TEXT_LENGTH
 LATENT_CHANNELS = 16
 CLIP_LENGTH = 77  # HunyuanVideoPipeline pads CLIP's tokens to it
 CROP_START = DEFAULT_PROMPT_TEMPLATE["crop_start"]  # 95 tokens of the prompt template come before the prompt
+LLAMA_WORDS = (  # how Llama 3 splits text before it looks for tokens
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
-def llama_tokenizer() -> LlamaTokenizerFast:
-    """Byte-pair encoding: a token for every word of the captions and of HunyuanVideo's prompt template; other text falls to letters, bytes.
+def llama_tokenizer() -> PreTrainedTokenizerFast:
+    """Llama 3's: byte-level pairs, its split of text, its special tokens after all others, <|begin_of_text|> before the text.
 
-    Words, single digits and single marks are tokens, as in Llama 3: so the template has as many tokens before the prompt as the
-    pipeline crops. It pads on the right, because HunyuanVideo masks text by its length.
+    The words of the captions and of HunyuanVideo's prompt template are single tokens, as they are in Llama 3, so the template has as many
+    tokens before the prompt as the pipeline crops; other text falls to bytes. It pads on the right, because HunyuanVideo masks text by its
+    length.
     """
-    special = ["<unk>", "<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<pad>"]
-    unknown, bos, eos, *headers, pad = special
+    begin, end, *_, pad = special = [f"<|{name}|>" for name in ("begin_of_text", "eot_id", "start_header_id", "end_header_id")] + ["<pad>"]
     texts = re.split("|".join(map(re.escape, special)), DEFAULT_PROMPT_TEMPLATE["template"].replace("{}", ""))
     texts += [world.caption(spec) for spec in world.all_specs()] + [video.caption(spec) for spec in video.VIDEO_SPECS]
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|▁?\p{L}+|."), "isolated")  # no token reaches over these borders
-    trainer = trainers.BpeTrainer(
-        vocab_size=5000,  # more than it finds: it stops when every word is one token
-        special_tokens=special + [f"<0x{byte:02X}>" for byte in range(256)],
-        show_progress=False,
+    tokenizer = Tokenizer(models.BPE(ignore_merges=True))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(LLAMA_WORDS), "isolated"), byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(byte_level.alphabet())
+    # More than it finds: it stops when every word is one token.
+    tokenizer.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=5000, initial_alphabet=alphabet, show_progress=False))
+    tokenizer.add_special_tokens(special)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A", pair=f"{begin} $A {begin}:1 $B:1", special_tokens=[(begin, tokenizer.token_to_id(begin))]
     )
-    learner.train_from_iterator([text.replace(" ", "▁") for text in texts], trainer)
-    learned = json.loads(learner.to_str())["model"]
-    return LlamaTokenizerFast(
-        vocab=learned["vocab"],
-        merges=[tuple(merge) for merge in learned["merges"]],
-        unk_token=unknown,
-        bos_token=bos,
-        eos_token=eos,
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=begin,
+        eos_token=end,
         pad_token=pad,
-        additional_special_tokens=headers,
-        add_bos_token=True,
-        add_prefix_space=False,
         padding_side="right",
         model_max_length=TEXT_LENGTH,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
     )
 
 
-def llama(tokenizer: LlamaTokenizerFast) -> LlamaModel:
+def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaModel:
     """0.16 M parameters, 64 wide. HunyuanVideo skips the last two of the three layers."""
     return LlamaModel(
         LlamaConfig(
