@@ -17,6 +17,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from fastvideo.distributed import Ranks, UserError, compute_dtype, first_line, init
 from fastvideo.pretrained import reading
@@ -50,6 +51,20 @@ def load_encoders(pipeline_class: type[DiffusionPipeline], model_dir: str, **com
     with reading(Path(model_dir), f"--model: {model_dir} cannot be loaded as {pipeline_class.__name__}"):
         components |= load_tokenizers(model_dir, "--model")
         return pipeline_class.from_pretrained(model_dir, local_files_only=True, use_safetensors=True, **components)
+
+
+def in_template(tokenizer: PreTrainedTokenizerBase, template: dict) -> Callable[[list[str]], list[list[int]]]:
+    """Prompts to the token ids that a pipeline keeps of them in its `template`: those after the first "crop_start".
+
+    Raises UserError if the tokenizer makes another number of tokens of what comes before the prompt.
+    """
+    before = len(tokenizer(template["template"].split("{}")[0]).input_ids)
+    if before != template["crop_start"]:
+        raise UserError(
+            f"--model: {tokenizer.name_or_path} makes {before} tokens of what comes before the prompt in the pipeline's template, of which "
+            f"it cuts {template['crop_start']}: it is not the model's own tokenizer"
+        )
+    return lambda prompts: [ids[before:] for ids in tokenizer([template["template"].format(prompt) for prompt in prompts]).input_ids]
 
 
 def report_prompts(

@@ -117,11 +117,19 @@ def token_digest(components: dict[str, Any]) -> str:
 
 
 def own_digest(model_dir: str | Path, names: Iterable[str]) -> str:
-    """What `token_digest` is for tokenizers in these folders of `model_dir` that are read rightly. Raises UserError for broken files."""
-    try:
-        return _digest((name, own_token_ids(Path(model_dir) / name)) for name in names)
-    except Exception as error:  # as above
-        raise UserError(f"the tokenizers in {model_dir} cannot be read: {first_line(error)}") from error
+    """What `token_digest` is for tokenizers in these folders of `model_dir` that are read rightly.
+
+    Raises UserError for files that are missing, broken or of another kind than `own_token_ids` reads.
+    """
+    ids = {}
+    for folder in [Path(model_dir) / name for name in names]:
+        try:
+            ids[folder.name] = own_token_ids(folder)
+        except Exception as error:  # as above
+            raise UserError(f"{folder} is no tokenizer that works: {first_line(error)}") from error
+        if ids[folder.name] is None:
+            raise UserError(f"{folder} is missing or empty, or has no tokenizer.json, without which its tokens cannot be checked")
+    return _digest(ids.items())
 
 
 def _digest(ids: Iterable[tuple[str, Any]]) -> str:

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, LlamaModel
 
 from fastvideo.distributed import UserError, launch_rank, on_main, run
 from fastvideo.embedding_cache import write_cache
-from fastvideo.encoders import load_encoders, report_prompts, start
+from fastvideo.encoders import in_template, load_encoders, report_prompts, start
 from fastvideo.fingerprint import encoder_fingerprint
 from fastvideo.pretrained import load_pretrained
 from fastvideo.prompts import read_prompts
@@ -67,12 +67,7 @@ def main() -> None:
     length = args.max_sequence_length or min(256, pipeline.tokenizer.model_max_length)
     settings = {"family": "hunyuan", "max_sequence_length": length, "dtype": str(dtype).removeprefix("torch.")}
     fingerprint = on_main(lambda: encoder_fingerprint(args.model, FOLDERS, token_ids=token_digest(pipeline.components), **settings))
-
-    def tokenize(prompts: list[str]) -> list[list[int]]:
-        ids = pipeline.tokenizer([TEMPLATE["template"].format(prompt) for prompt in prompts]).input_ids
-        return [tokens[TEMPLATE["crop_start"] :] for tokens in ids]
-
-    report_prompts(rows, report, tokenize, length, ranks)
+    report_prompts(rows, report, in_template(pipeline.tokenizer, TEMPLATE), length, ranks)
 
     @torch.inference_mode()
     def encode(batch: list[dict]) -> dict[str, torch.Tensor]:

@@ -21,7 +21,7 @@ from transformers import CLIPTextModel, LlamaModel
 
 from fastvideo.distributed import UserError, launch_rank, on_main, run
 from fastvideo.embedding_cache import write_cache
-from fastvideo.encoders import UNCONDITIONAL, check_images, load_encoders, read_image, report_prompts, start
+from fastvideo.encoders import UNCONDITIONAL, check_images, in_template, load_encoders, read_image, report_prompts, start
 from fastvideo.fingerprint import encoder_fingerprint
 from fastvideo.pretrained import load_pretrained
 from fastvideo.prompts import read_prompts
@@ -79,12 +79,7 @@ def main() -> None:
     settings = {"family": "skyreels", "max_sequence_length": length, "dtype": str(dtype).removeprefix("torch.")}
     settings |= {"height": args.height, "width": args.width}
     fingerprint = on_main(lambda: encoder_fingerprint(args.model, FOLDERS, token_ids=token_digest(pipeline.components), **settings))
-
-    def tokenize(prompts: list[str]) -> list[list[int]]:
-        ids = pipeline.tokenizer([TEMPLATE["template"].format(prompt) for prompt in prompts]).input_ids
-        return [tokens[TEMPLATE["crop_start"] :] for tokens in ids]
-
-    report_prompts(rows, report, tokenize, length, ranks)
+    report_prompts(rows, report, in_template(pipeline.tokenizer, TEMPLATE), length, ranks)
 
     def encode_image(row: dict) -> torch.Tensor:
         """(C, 1, h, w): the mean of the VAE's posterior for the reference image, scaled. The empty prompt has none: zeros, never read."""

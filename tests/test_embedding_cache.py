@@ -1,5 +1,6 @@
 """Embedding caches: what is written is read back, nothing damaged or foreign is accepted, killed runs continue, opening reads no rows."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,10 +16,12 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from fastvideo import fingerprint
 from fastvideo.distributed import Ranks, UserError, init
 from fastvideo.embedding_cache import EmbeddingCache, write_cache
 from fastvideo.fingerprint import check_encoder, encoder_fingerprint
 from fastvideo.prompts import read_prompts
+from fastvideo.tokenizers import own_digest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = [{"prompt": f"prompt {i}", "extra": i} for i in range(7)]
@@ -353,27 +356,141 @@ def test_two_processes_write_the_same_shards_and_stop_together(ranks, tmp_path):
 
 @pytest.fixture
 def model_dir(tmp_path) -> Path:
-    for name in ("text_encoder/config.json", "text_encoder/nested/part.bin", "tokenizer/vocab.json", "vae/config.json"):
-        (tmp_path / "model" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "model" / name).write_text(name)
+    """An encoder in two shards, a VAE in one file, a tokenizer that works."""
+    encoder, vae = tmp_path / "model" / "text_encoder", tmp_path / "model" / "vae"
+    for folder in (encoder, vae):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+    shards = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for name in shards:
+        (encoder / name).write_text(name)
+    (encoder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": shards[0], "b": shards[1], "c": shards[0]}}))
+    (vae / "diffusion_pytorch_model.safetensors").write_text("vae")
+    shutil.copytree(REPOSITORY / "shapes" / "models" / "sd" / "tokenizer", tmp_path / "model" / "tokenizer")
     return tmp_path / "model"
 
 
-def test_fingerprint_follows_names_and_contents_of_encoder_files_only(model_dir):
-    def fingerprint():
-        return encoder_fingerprint(model_dir, ("text_encoder", "tokenizer"), dtype="float32")
+FOLDERS = ("text_encoder", "tokenizer", "vae")
 
-    first = fingerprint()
-    assert list(first) == ["text_encoder", "tokenizer", "dtype"]
-    (model_dir / "vae" / "config.json").write_text("changed")
-    (model_dir / "text_encoder" / ".hidden").write_text("changed")
-    assert fingerprint() == first
-    (model_dir / "text_encoder" / "nested" / "part.bin").rename(model_dir / "text_encoder" / "part.bin")
-    moved = fingerprint()
-    assert moved["text_encoder"] != first["text_encoder"]
-    assert moved["tokenizer"] == first["tokenizer"]
-    (model_dir / "text_encoder" / "part.bin").write_text("changed")
-    assert fingerprint()["text_encoder"] not in (first["text_encoder"], moved["text_encoder"])
+
+def test_fingerprint_follows_names_and_contents_of_the_files_that_are_loaded(model_dir):
+    first = encoder_fingerprint(model_dir, FOLDERS, dtype="float32")
+    assert list(first) == [*FOLDERS, "dtype"]
+    seen = {first["text_encoder"]}
+    shard = model_dir / "text_encoder" / "model-00002-of-00002.safetensors"
+    index = model_dir / "text_encoder" / "model.safetensors.index.json"
+
+    def rename() -> None:
+        shard.rename(shard.with_name("moved.safetensors"))
+        index.write_text(index.read_text().replace(shard.name, "moved.safetensors"))
+
+    for change in (
+        lambda: shard.write_text("changed"),
+        rename,
+        lambda: (model_dir / "text_encoder" / "config.json").write_text('{"a": 1}'),
+        lambda: (model_dir / "text_encoder" / "model.safetensors").write_text("all in one"),
+    ):
+        change()
+        changed = encoder_fingerprint(model_dir, FOLDERS)
+        assert changed["text_encoder"] not in seen
+        assert (changed["tokenizer"], changed["vae"]) == (first["tokenizer"], first["vae"])
+        seen.add(changed["text_encoder"])
+    (model_dir / "vae" / "diffusion_pytorch_model.safetensors").write_text("changed")
+    (model_dir / "tokenizer" / "tokenizer_config.json").write_text("{}")
+    changed = encoder_fingerprint(model_dir, FOLDERS)
+    assert changed["vae"] != first["vae"] and changed["tokenizer"] != first["tokenizer"]
+
+
+def test_fingerprint_is_of_nothing_that_is_not_loaded(model_dir):
+    """What lies in published folders beside the safetensors, and is often left out of a download."""
+    first = encoder_fingerprint(model_dir, FOLDERS)
+    for name in (
+        *("text_encoder/pytorch_model.bin", "text_encoder/pytorch_model.bin.index.json", "text_encoder/model.fp16.safetensors"),
+        *("text_encoder/flax_model.msgpack", "text_encoder/README.md", "text_encoder/.cache/download/a.lock", "text_encoder/.hidden"),
+        *(
+            "vae/diffusion_pytorch_model.bin",
+            "vae/diffusion_pytorch_model.fp16.safetensors",
+            "tokenizer/vocab.json",
+            "tokenizer/merges.txt",
+        ),
+        *("text_encoder/model.fp16-00001-of-00002.safetensors", "text_encoder/model.safetensors.index.fp16.json"),
+    ):
+        (model_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (model_dir / name).write_text(name)
+    assert encoder_fingerprint(model_dir, FOLDERS) == first
+
+
+def test_fingerprint_is_of_the_vocabulary_where_there_is_no_tokenizer_json(model_dir):
+    (model_dir / "tokenizer" / "tokenizer.json").rename(model_dir / "tokenizer" / "vocab.json")
+    first = encoder_fingerprint(model_dir, FOLDERS)
+    (model_dir / "tokenizer" / "merges.txt").write_text("a b")
+    assert encoder_fingerprint(model_dir, FOLDERS)["tokenizer"] != first["tokenizer"]
+
+
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}, "weight_map": null}'])
+def test_fingerprint_of_a_broken_index(model_dir, index):
+    (model_dir / "text_encoder" / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(UserError, match=r"text_encoder/model\.safetensors\.index\.json is damaged"):
+        encoder_fingerprint(model_dir, FOLDERS)
+
+
+@pytest.fixture
+def counted(model_dir, monkeypatch, tmp_path) -> list[str]:
+    """The names of the files that are read to be hashed. The VAE's are large enough to be remembered."""
+    (model_dir / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * fingerprint.REMEMBERED)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    names, digest = [], hashlib.file_digest
+
+    def counting(file, kind):
+        names.append(Path(file.name).name)
+        return digest(file, kind)
+
+    monkeypatch.setattr(fingerprint.hashlib, "file_digest", counting)
+    return names
+
+
+VAE_FILE = "diffusion_pytorch_model.safetensors"
+
+
+def test_large_files_are_hashed_once(counted, model_dir, tmp_path):
+    first = encoder_fingerprint(model_dir, ("vae",))
+    assert sorted(counted) == ["config.json", VAE_FILE]
+    assert encoder_fingerprint(model_dir, ("vae",)) == first
+    assert sorted(counted) == ["config.json", "config.json", VAE_FILE]  # small files are read each time
+
+    linked = tmp_path / "snapshot"  # as in the hub's cache
+    linked.mkdir()
+    (linked / "vae").symlink_to(model_dir / "vae")
+    assert encoder_fingerprint(linked, ("vae",)) == first and counted.count(VAE_FILE) == 1
+
+    path = model_dir / "vae" / VAE_FILE
+    modified = path.stat().st_mtime_ns
+    path.write_bytes(b"y" * fingerprint.REMEMBERED)
+    os.utime(path, ns=(modified, modified))  # of the same size and time as before
+    assert encoder_fingerprint(model_dir, ("vae",)) != first and counted.count(VAE_FILE) == 2
+
+
+def test_remembered_checksums_are_whole_or_absent(counted, model_dir, tmp_path):
+    first = encoder_fingerprint(model_dir, ("vae",))
+    (note,) = (tmp_path / "home" / "fastvideo" / "sha256").iterdir()
+    right = note.read_bytes()
+    assert right.decode() == hashlib.sha256(b"x" * fingerprint.REMEMBERED).hexdigest()
+    for broken in (b"", right[:40], right + right, b"\xff" * 64, b"g" * 64):
+        note.write_bytes(broken)
+        assert encoder_fingerprint(model_dir, ("vae",)) == first
+        assert note.read_bytes() == right
+    assert counted.count(VAE_FILE) == 6
+
+
+@pytest.mark.parametrize("home", ["a file", "of nobody"])
+def test_where_nothing_can_be_remembered_files_are_hashed_each_time(counted, model_dir, tmp_path, monkeypatch, home):
+    if home == "a file":  # as good as one that may not be written, to root as well
+        (tmp_path / "home").write_text("")
+    else:
+        monkeypatch.setenv("XDG_CACHE_HOME", "relative")
+        monkeypatch.chdir(tmp_path)
+    assert encoder_fingerprint(model_dir, ("vae",)) == encoder_fingerprint(model_dir, ("vae",))
+    assert counted.count(VAE_FILE) == 2 and not (tmp_path / "relative").exists()
 
 
 def test_fingerprint_of_missing_folder(model_dir):
@@ -382,11 +499,13 @@ def test_fingerprint_of_missing_folder(model_dir):
 
 
 def test_check_encoder(model_dir, ranks, tmp_path, capsys):
-    fingerprint = encoder_fingerprint(model_dir, ("text_encoder", "tokenizer"), dtype="float32")
-    write_cache(tmp_path / "cache", ROWS, encode, fingerprint, ranks, shard_size=3, batch_size=2)
+    made_by = encoder_fingerprint(model_dir, ("text_encoder", "tokenizer"), token_ids=own_digest(model_dir, ["tokenizer"]), dtype="float32")
+    write_cache(tmp_path / "cache", ROWS, encode, made_by, ranks, shard_size=3, batch_size=2)
     cache = EmbeddingCache(tmp_path / "cache", ranks=ranks)
     check_encoder(cache, model_dir)
-    (model_dir / "tokenizer" / "vocab.json").write_text("another")
+    (model_dir / "text_encoder" / "pytorch_model.bin").write_text("of no concern")
+    check_encoder(cache, model_dir)
+    (model_dir / "tokenizer" / "tokenizer_config.json").write_text("{}")
     with pytest.raises(UserError, match=r"cache was made with tokenizer 'sha256:\w+', but .*model has 'sha256:\w+'"):
         check_encoder(cache, model_dir)
     shutil.rmtree(model_dir / "tokenizer")
