@@ -14,6 +14,7 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 import transformers
+from conftest import SMALL_RUN, run_script
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
@@ -89,7 +90,7 @@ def llama_3(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def clean_process(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "argv", sys.argv[:1])
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -231,6 +232,18 @@ def test_a_cache_of_wrong_tokens_is_refused(llama_3, tmp_path):
         check_encoder(EmbeddingCache(tmp_path / "earlier"), llama_3)
     with pytest.raises(UserError, match=r"wrong was made with token_ids '\w+', but .* so make it again in an empty --output_dir"):
         check_encoder(EmbeddingCache(tmp_path / "wrong"), llama_3)
+
+
+def test_training_refuses_a_cache_of_an_earlier_version(tmp_path):
+    model = MODELS / "hunyuan"
+    fingerprint = encoder_fingerprint(model, ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"), family="hunyuan")
+    write_cache(tmp_path / "cache", [{"prompt": "a cat"}], lambda rows: {"x": torch.zeros(len(rows), 1)}, fingerprint, init(), 4, 4)
+    flags = {"--model": model, "--embeddings": tmp_path / "cache", "--output_dir": tmp_path / "run"} | SMALL_RUN | {"--num_frames": 9}
+    result = run_script(REPOSITORY / "train_grpo_hunyuan.py", flags, log=tmp_path / "log")
+    assert result.returncode == 2
+    sentence = result.stderr.splitlines()[-1]
+    assert sentence.startswith(f"error: {tmp_path / 'cache'} was made with token_ids None, but {model} has '")
+    assert sentence.endswith("so make it again in an empty --output_dir")
 
 
 def test_a_template_that_is_cut_at_another_token_is_refused():
