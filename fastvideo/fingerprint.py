@@ -100,7 +100,8 @@ def _sha256(path: Path) -> str:
     if remembered:
         with suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as temporary:
+            with tempfile.NamedTemporaryFile("w", dir=folder) as temporary:  # removed if it cannot be written
                 temporary.write(digest)
-            os.replace(temporary.name, note)
+                temporary.flush()
+                os.replace(temporary.name, note)
     return digest

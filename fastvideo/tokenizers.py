@@ -50,13 +50,15 @@ def load_tokenizers(model_dir: str | Path, flag: str, *, of_any_kind: bool = Fal
 
 
 def load_tokenizer(folder: Path, tokenizer_class: Any, flag: str, *, of_any_kind: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer in `folder`, which pads on the right. `tokenizer_class` reads only folders without tokenizer.json.
+    """The tokenizer in `folder`. `tokenizer_class` reads only folders without tokenizer.json.
 
-    Raises UserError, beginning with the flag, for files that are missing or broken, for token ids that are not those of the files, and for
-    files that nothing but `tokenizer_class` can read; with `of_any_kind` these are only warned of.
+    It pads on the right, as all models do that are trained here; with `of_any_kind` as its settings say. Raises UserError, beginning with
+    the flag, for files that are missing or broken, for token ids that are not those of the files, and for files that nothing but
+    `tokenizer_class` can read; with `of_any_kind` these are only warned of.
     """
     in_one_file = folder / "tokenizer.json"
-    options = {"local_files_only": True, "padding_side": "right", "model_input_names": ["input_ids", "attention_mask"]}
+    options = {"local_files_only": True, "model_input_names": ["input_ids", "attention_mask"]}
+    options |= {} if of_any_kind else {"padding_side": "right"}
     try:
         tokenizer = (PreTrainedTokenizerFast if in_one_file.is_file() else tokenizer_class).from_pretrained(folder, **options)
         files = [folder / name for kind, name in tokenizer.vocab_files_names.items() if kind != "tokenizer_file"]

@@ -78,7 +78,7 @@ def main() -> None:
     diffusers.logging.disable_progress_bar()
     transformers.logging.disable_progress_bar()
     rows = on_main(lambda: read_rows(args.prompts))
-    pipeline = load_pipeline(args.model, args.dtype, ranks.device)
+    pipeline = load_pipeline(args.model, args.dtype, ranks.device, of_any_kind=True)
     on_main(lambda: prepare_folder(args, rows, pipeline))
     jobs = [(row, k) for row in range(len(rows)) for k in range(args.images_per_prompt)]
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -480,6 +481,14 @@ def test_remembered_checksums_are_whole_or_absent(counted, model_dir, tmp_path):
         assert encoder_fingerprint(model_dir, ("vae",)) == first
         assert note.read_bytes() == right
     assert counted.count(VAE_FILE) == 6
+
+
+def test_many_may_remember_the_same_file_at_once(counted, model_dir, tmp_path):
+    path, folder = model_dir / "vae" / VAE_FILE, tmp_path / "home" / "fastvideo" / "sha256"
+    right = hashlib.sha256(b"x" * fingerprint.REMEMBERED).hexdigest()
+    with ThreadPoolExecutor(16) as pool:
+        assert set(pool.map(lambda _: fingerprint._sha256(path), range(64))) == {right}
+    assert [note.read_text() for note in folder.iterdir()] == [right]  # and nothing half-written beside it
 
 
 @pytest.mark.parametrize("home", ["a file", "of nobody"])

@@ -348,5 +348,6 @@ def test_what_nothing_else_can_read_makes_no_cache_but_pictures(clip_files, caps
         load_tokenizer(clip_files, transformers.Qwen2Tokenizer, "--model")
     with pytest.raises(UserError, match=r"clip is missing or empty, or has no tokenizer\.json"):
         own_digest(clip_files.parent, ["clip"])
-    load_tokenizer(clip_files, transformers.Qwen2Tokenizer, "--model", of_any_kind=True)
+    (clip_files / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<|endoftext|>", "padding_side": "left"}))
+    assert load_tokenizer(clip_files, transformers.Qwen2Tokenizer, "--model", of_any_kind=True).padding_side == "left"
     assert "clip has no tokenizer.json, without which its tokens cannot be checked" in capsys.readouterr().err
