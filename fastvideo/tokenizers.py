@@ -16,26 +16,15 @@ import regex
 import sentencepiece
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fastvideo.distributed import UserError, first_line, warn
 
 PROBE = (  # what tokenizers differ in: spaces, lines, marks, digits, scripts, joined emoji, special tokens
-    "A cat walks on the grass, realistic style.",
-    "  two  spaces,\ta tab\n\nand\r\nlines \n",
-    "DON'T stop: (it's) \"5-10%\" [of] #1_000 @ $3.50?!...",
-    "1 12 123 1234567 3D 4k",
-    "Ein Mädchen läuft über die Straße; déjà vu, naïve café",
-    "Девочка бежит по траве.",
-    "Ένα κορίτσι τρέχει στο γρασίδι",
-    "فتاة تركض على العشب",
-    "ילדה רצה על הדשא",
-    "一个女孩在草地上奔跑。",
-    "少女が草原を走っている。カメラ",
-    "소녀가 잔디 위를 달린다",
-    "เด็กหญิงวิ่งบนหญ้า",
-    "एक लड़की घास पर दौड़ रही है",
-    "🐱 👩‍🚀🏽 ❤️ 🇯🇵",
+    *("A cat walks on the grass, realistic style.", "  two  spaces,\ta tab\n\nand\r\nlines \n", "1 12 123 1234567 3D 4k"),
+    *("DON'T stop: (it's) \"5-10%\" [of] #1_000 @ $3.50?!...", "Ein Mädchen läuft über die Straße; déjà vu, naïve café"),
+    *("Девочка бежит по траве.", "Ένα κορίτσι τρέχει στο γρασίδι", "فتاة تركض على العشب", "ילדה רצה על הדשא", "एक लड़की घास पर दौड़ रही है"),
+    *("一个女孩在草地上奔跑。", "少女が草原を走っている。カメラ", "소녀가 잔디 위를 달린다", "เด็กหญิงวิ่งบนหญ้า", "🐱 👩‍🚀🏽 ❤️ 🇯🇵"),
     "<|start_header_id|>user<|end_header_id|>\n\nred<|eot_id|>",
 )
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # as OpenAI published it
@@ -45,7 +34,7 @@ def load_tokenizers(model_dir: str | Path, flag: str, *, of_any_kind: bool = Fal
     """The tokenizers that the model_index.json of a pipeline's folder names, by name, each as `load_tokenizer` gives it."""
     index = json.loads((Path(model_dir) / "model_index.json").read_bytes())
     named = {name: entry for name, entry in index.items() if name.startswith("tokenizer") and isinstance(entry, list)}
-    classes = {name: getattr(transformers, entry[1]) for name, entry in named.items() if entry[0] == "transformers"}
+    classes = {name: getattr(transformers, kind, AutoTokenizer) for name, (library, kind) in named.items() if library == "transformers"}
     return {name: load_tokenizer(Path(model_dir) / name, kind, flag, of_any_kind=of_any_kind) for name, kind in classes.items()}
 
 
@@ -75,8 +64,7 @@ def load_tokenizer(folder: Path, tokenizer_class: Any, flag: str, *, of_any_kind
         if not of_any_kind:
             raise UserError(f"{flag}: {unchecked}")
         warn(unchecked)
-        return tokenizer
-    for text, found, right in zip(PROBE, ids, own, strict=True):
+    for text, found, right in zip(PROBE, ids, own or ids, strict=True):
         if found != right:
             raise UserError(f"{flag}: {folder} is read wrongly: for {text!r} its own files give the tokens {right}, but this has {found}")
     return tokenizer
@@ -100,39 +88,34 @@ def own_token_ids(folder: Path) -> list[list[int]] | None:
     if (folder / "spiece.model").is_file():
         pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "spiece.model"))
         return [[*pieces.encode(text), pieces.eos_id()] for text in PROBE]
-    if not (folder / "vocab.json").is_file() or not (folder / "merges.txt").is_file():
+    files = [folder / "vocab.json", folder / "merges.txt"]
+    vocab = json.loads(files[0].read_bytes()) if all(path.is_file() for path in files) else {}
+    start, end = (vocab.get(token) for token in ("<|startoftext|>", "<|endoftext|>"))
+    if start is None or end is None:
         return None
-    vocab = json.loads((folder / "vocab.json").read_bytes())
-    if not {"<|startoftext|>", "<|endoftext|>"} <= vocab.keys():
-        return None
-    suffix = {"end_of_word_suffix": "</w>", "unk_token": "<|endoftext|>"}
-    own = Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"), **suffix))
+    own = Tokenizer(models.BPE.from_file(*map(str, files), end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
     own.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     texts = [re.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).lower() for text in PROBE]
-    bodies = [own.encode(regex.findall(CLIP_WORDS, text), is_pretokenized=True).ids for text in texts]
-    return [[vocab["<|startoftext|>"], *body, vocab["<|endoftext|>"]] for body in bodies]
+    return [[start, *own.encode(regex.findall(CLIP_WORDS, text), is_pretokenized=True).ids, end] for text in texts]
 
 
 def token_digest(components: dict[str, Any]) -> str:
     """Of the ids that the tokenizers among a pipeline's components give for the probe: for the fingerprint of what they read."""
-    return _digest((name, token_ids(part)) for name, part in components.items() if isinstance(part, PreTrainedTokenizerBase))
+    return _digest({name: token_ids(part) for name, part in components.items() if isinstance(part, PreTrainedTokenizerBase)})
 
 
 def own_digest(model_dir: str | Path, names: Iterable[str]) -> str:
-    """What `token_digest` is for tokenizers in these folders of `model_dir` that are read rightly.
-
-    Raises UserError for files that are missing, broken or of another kind than `own_token_ids` reads.
-    """
-    ids = {}
-    for folder in [Path(model_dir) / name for name in names]:
-        try:
-            ids[folder.name] = own_token_ids(folder)
-        except Exception as error:  # as above
-            raise UserError(f"{folder} is no tokenizer that works: {first_line(error)}") from error
-        if ids[folder.name] is None:
-            raise UserError(f"{folder} is missing or empty, or has no tokenizer.json, without which its tokens cannot be checked")
-    return _digest(ids.items())
+    """What `token_digest` is if the tokenizers in these folders of `model_dir` are read rightly. UserError for what cannot be read."""
+    try:
+        ids = {name: own_token_ids(Path(model_dir) / name) for name in names}
+    except Exception as error:  # as above
+        raise UserError(f"the tokenizers in {model_dir} do not work: {first_line(error)}") from error
+    for name in [name for name, own in ids.items() if own is None]:
+        raise UserError(
+            f"{Path(model_dir) / name} is missing or empty, or has no tokenizer.json, without which its tokens cannot be checked"
+        )
+    return _digest(ids)
 
 
-def _digest(ids: Iterable[tuple[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps([PROBE, sorted(ids)]).encode()).hexdigest()
+def _digest(ids: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps([PROBE, ids], sort_keys=True).encode()).hexdigest()
