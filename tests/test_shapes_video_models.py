@@ -1,5 +1,6 @@
 """The embedded video models: do diffusers' pipelines load them, make clips and pictures, and read captions as they were trained to?"""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 
 from shapes import video, world
 from shapes.checker import check
+from shapes.tiny_video_models import llama_tokenizer
 from shapes.video import FRAMES, VIDEO_SPECS
 from shapes.video_checker import check_clips, fidelity, motion_quality, visual_quality
 from shapes.video_evaluation import THINGS, sample, through
@@ -44,6 +46,16 @@ def test_as_many_tokens_come_before_the_prompt_as_the_pipeline_crops(name, reque
         assert tokenizer.decode(row[crop:-1]) == prompt
     assert all(len(row) == crop + len(caption.split()) + 1 for row, caption in zip(rows, CAPTIONS))  # every word is a token
     assert tokenizer.model_max_length == 16 and tokenizer.padding_side == "right"
+
+
+@pytest.mark.parametrize("name", ["hunyuan", "skyreels"])
+def test_llama_has_the_tokenizer_that_pretraining_makes(name):
+    saved = json.loads((MODELS / name / "tokenizer" / "tokenizer.json").read_text())
+    made = json.loads(llama_tokenizer().backend_tokenizer.to_str())
+    assert all(made[part] == saved[part] for part in made.keys() - {"padding", "truncation"})  # those are of the last call before saving
+    assert saved["pre_tokenizer"]["pretokenizers"][1]["type"] == "ByteLevel"  # as in Llama 3
+    ids = [token["id"] for token in saved["added_tokens"]]
+    assert min(ids) == len(saved["model"]["vocab"]) == 500  # special tokens come after all others
 
 
 @torch.no_grad()

@@ -182,8 +182,16 @@ def test_evaluation_and_rewards_read_the_same(tmp_path):
     assert [row[mask.bool()].tolist() for row, mask in zip(found["input_ids"], found["attention_mask"])] == right
 
 
+def test_a_pipeline_of_ones_own_reads_the_same_with_the_tokenizer_that_the_docs_give_it(llama_3):
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(llama_3 / "tokenizer", padding_side="right")
+    pipeline = diffusers.HunyuanVideoPipeline.from_pretrained(llama_3, tokenizer=tokenizer, transformer=None, vae=None)
+    assert pipeline.tokenizer(SENTENCES).input_ids == own_ids(llama_3 / "tokenizer", SENTENCES)
+    assert pipeline.tokenizer.padding_side == "right"
+
+
 def test_the_sentences_and_the_probe_are_of_many_scripts():
     assert len(SENTENCES) >= 50
+    assert len(tokenizers.PROBE) == 16  # as docs/prompts.md says
     for texts in (SENTENCES, tokenizers.PROBE):
         letters = {unicodedata.name(letter).split()[0].split("-")[0] for text in texts for letter in text if letter.isalpha()}
         assert {"LATIN", "CYRILLIC", "GREEK", "ARABIC", "HEBREW", "CJK", "HIRAGANA", "HANGUL", "THAI", "DEVANAGARI"} <= letters
