@@ -357,5 +357,8 @@ def test_what_nothing_else_can_read_makes_no_cache_but_pictures(clip_files, caps
     with pytest.raises(UserError, match=r"clip is missing or empty, or has no tokenizer\.json"):
         own_digest(clip_files.parent, ["clip"])
     (clip_files / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<|endoftext|>", "padding_side": "left"}))
-    assert load_tokenizer(clip_files, transformers.Qwen2Tokenizer, "--model", of_any_kind=True).padding_side == "left"
+    tokenizer = load_tokenizer(clip_files, transformers.Qwen2Tokenizer, "--model", of_any_kind=True)
+    assert tokenizer.padding_side == "left"
     assert "clip has no tokenizer.json, without which its tokens cannot be checked" in capsys.readouterr().err
+    tokenizer.save_pretrained(clip_files)
+    assert token_ids(load_tokenizer(clip_files, transformers.Qwen2Tokenizer, "--model")) == token_ids(tokenizer)
