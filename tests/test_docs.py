@@ -1,0 +1,118 @@
+"""The documentation: links and paths lead somewhere, flags exist, and numbers that follow from the code are those that the code gives."""
+
+import difflib
+import math
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from benchmarks.full_size import MODELS
+
+FILES = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()
+PAGES = [REPOSITORY / file for file in FILES if file.endswith(".md")]
+PYTHON = [REPOSITORY / file for file in FILES if file.endswith(".py") and not file.startswith("tests/")]
+TO_BE_WRITTEN = {"brightness.py", "hpsv3_server.py"}  # by the reader, as are all that have NAME in their names
+# fmt: off
+OTHERS_FLAGS = {  # of torchrun, pip, pytest, SLURM, Docker, hf and what else the pages tell people to run
+    "no", "standalone", "nproc_per_node", "no-build-isolation", "no-deps", "nodes", "gpus-per-node", "time", "signal", "nodelist", "batch",
+    "requeue", "overlap", "jobid", "pid", "nv", "pwd", "bind", "container-image", "container-workdir", "container-mounts", "numprocesses",
+    "include", "exclude", "local-dir", "help", "data-binary", "write",
+}
+# fmt: on
+
+
+def name(page) -> str:
+    return str(page.relative_to(REPOSITORY))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page):
+    targets = [target for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()) if not target.startswith("http")]
+    assert [target for target in targets if not (page.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_files_that_are_named_exist(page):
+    """Those of the repository: in its folders, and its scripts."""
+    folders = "benchmarks|docs|fastvideo|preprocess|scripts|shapes|tests"
+    named = set(re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]*\w\.(?:py|sh|txt|md|jsonl)|\w+\.(?:py|sh))(?![\w*])", page.read_text()))
+    named = {file for file in named if "NAME" not in file and Path(file).name not in TO_BE_WRITTEN}
+    missing = [file for file in named if not any(path == file or ("/" not in file and path.endswith(f"/{file}")) for path in FILES)]
+    assert missing == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_names_are_in_the_files_that_they_are_said_to_be_in(page):
+    said = re.findall(r"`(\w+)` (?:in|of) `((?:\w+/)*\w+\.(?:py|sh))`", page.read_text())
+    assert [(word, file) for word, file in said if word not in (REPOSITORY / file).read_text()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_flags_that_are_named_exist(page):
+    fields = {field for path in PYTHON for field in re.findall(r"^    (\w+): ", path.read_text(), re.MULTILINE)}
+    flags = {flag.strip("_-") for flag in re.findall(r"(?<![\w-])--([a-z][\w-]*)", page.read_text())}
+    unknown = {flag for flag in flags if flag not in fields and flag.removeprefix("no-") not in fields}
+    assert unknown - OTHERS_FLAGS == set()
+
+
+def changed_lines(parent: str, child: str) -> int:
+    """As `diff | grep -c '^[<>]'` counts them."""
+    lines = [(REPOSITORY / path).read_text().splitlines() for path in (parent, child)]
+    blocks = difflib.SequenceMatcher(None, *lines, autojunk=False).get_matching_blocks()
+    return sum(map(len, lines)) - 2 * sum(block.size for block in blocks)
+
+
+def ceiling(tokens: int, text_tokens: int, processes: int) -> float:
+    return (tokens + text_tokens) / (tokens / processes + text_tokens)
+
+
+def computed() -> list[tuple[str, str, tuple[float, ...]]]:
+    """Page, pattern of a sentence, and the numbers in its groups."""
+    flux, hunyuan, wan = (MODELS[model] for model in ("flux.1-dev", "hunyuan_video", "wan_2.1_t2v_1.3b"))
+    text = hunyuan.cached["prompt_embeds"][0], flux.cached["prompt_embeds"][0]
+    clip, picture = math.prod(hunyuan.latents[1:]) // 4, flux.latents[0]
+    with torch.device("meta"):
+        heads = [model.network[0](**model.network[1]).config.num_attention_heads for model in (flux, hunyuan, wan)]
+    wan_script = "train_grpo_wan.py"
+    assert heads[0] == heads[1]
+    return [
+        (
+            "docs/parallelism.md",
+            r"A clip of ([\d,]+)\s+tokens with (\d+) of text: ([\d.]+) for 2, ([\d.]+) for 8",
+            (clip, text[0], ceiling(clip, text[0], 2), ceiling(clip, text[0], 8)),
+        ),
+        (
+            "docs/parallelism.md",
+            r"FLUX at 720 px \(([\d,]+) and (\d+)\): ([\d.]+) for 2, ([\d.]+) for 8",
+            (picture, text[1], ceiling(picture, text[1], 2), ceiling(picture, text[1], 8)),
+        ),
+        ("docs/parallelism.md", r"heads \((\d+) in FLUX and HunyuanVideo, (\d+) in Wan", (heads[0], heads[2])),
+        ("docs/parallelism.md", r"HunyuanVideo in bfloat16: (\d+) GB", (2 * hunyuan.parameters / 1e9,)),
+        ("docs/parallelism.md", r"(\d+) GB for FLUX.1-dev in bfloat16", (2 * flux.parameters / 1e9,)),
+        ("docs/parallelism.md", r"so (\d+) GB for FLUX.1-dev; `--keep", (16 * 12,)),  # with N = 12e9, as the page says
+        (
+            "docs/new_model.md",
+            r"`train_grpo_skyreels.py` in (\d+) of (\d+) lines",
+            (changed_lines("train_grpo_skyreels.py", wan_script), len((REPOSITORY / wan_script).read_text().splitlines())),
+        ),
+        (
+            "docs/new_model.md",
+            r"`preprocess/embed_wan.py` from `embed_sd.py` in (\d+)",
+            (changed_lines("preprocess/embed_sd.py", "preprocess/embed_wan.py"),),
+        ),
+    ]
+
+
+@pytest.mark.parametrize(("page", "sentence", "numbers"), [pytest.param(*case, id=case[1][:40]) for case in computed()])
+def test_numbers_are_those_of_the_code(page, sentence, numbers):
+    """To the places that the page gives."""
+    found = re.findall(sentence, (REPOSITORY / page).read_text())
+    assert len(found) == 1, f"the sentence is gone from {page}: mend it here too"
+    written = (found[0],) if isinstance(found[0], str) else found[0]
+    for word, number in zip(written, numbers, strict=True):
+        digits = len(word.partition(".")[2])
+        assert float(word.replace(",", "")) == round(number, digits), f"{page} says {word}, the code {number}"
