@@ -31,11 +31,17 @@ CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]
 
 
 def load_tokenizers(model_dir: str | Path, flag: str, *, of_any_kind: bool = False) -> dict[str, PreTrainedTokenizerBase]:
-    """The tokenizers that the model_index.json of a pipeline's folder names, by name, each as `load_tokenizer` gives it."""
+    """The tokenizers that the model_index.json of a pipeline's folder names, by name, each as `load_tokenizer` gives it.
+
+    With `of_any_kind` those of other libraries than transformers are left to diffusers.
+    """
     index = json.loads((Path(model_dir) / "model_index.json").read_bytes())
     named = {name: entry for name, entry in index.items() if name.startswith("tokenizer") and isinstance(entry, list)}
-    classes = {name: getattr(transformers, kind, AutoTokenizer) for name, (library, kind) in named.items() if library == "transformers"}
-    return {name: load_tokenizer(Path(model_dir) / name, kind, flag, of_any_kind=of_any_kind) for name, kind in classes.items()}
+    return {
+        name: load_tokenizer(Path(model_dir) / name, getattr(transformers, kind, AutoTokenizer), flag, of_any_kind=of_any_kind)
+        for name, (library, kind) in named.items()
+        if library == "transformers" or not of_any_kind
+    }
 
 
 def load_tokenizer(folder: Path, tokenizer_class: Any, flag: str, *, of_any_kind: bool = False) -> PreTrainedTokenizerBase:

@@ -225,6 +225,13 @@ def test_metaspace_over_a_byte_level_tokenizer_is_refused(llama_3, tmp_path, mon
         load_pipeline(llama_3, "float32", CPU)
 
 
+def test_a_tokenizer_of_another_library_is_not_left_unchecked(tmp_path):
+    shutil.copytree(MODELS / "sd" / "tokenizer", tmp_path / "tokenizer")
+    (tmp_path / "model_index.json").write_text(json.dumps({"tokenizer": ["own_module", "OwnTokenizer"]}))
+    assert list(load_tokenizers(tmp_path, "--model")) == ["tokenizer"]
+    assert not load_tokenizers(tmp_path, "--model", of_any_kind=True)
+
+
 def test_a_cache_of_wrong_tokens_is_refused(llama_3, tmp_path):
     """One of an earlier version, which knew of no ids, and one that was made through Metaspace."""
     ranks = init()
