@@ -30,6 +30,7 @@ from fastvideo.encoders import read_image
 from fastvideo.files import whole_file
 from fastvideo.flags import check_numbers
 from fastvideo.media import film_strip, save_grid, save_video, to_pil
+from fastvideo.model_folder import check_model
 from fastvideo.pretrained import load_pipeline, load_pretrained
 from fastvideo.prompts import read_prompts
 from fastvideo.rewards import Reward, load_rewards, parse_rewards, score
@@ -129,6 +130,7 @@ class Args:
 def main() -> None:
     args = tyro.cli(Args, use_underscores=True, console_outputs=distributed.launch_rank() == 0, description=__doc__.splitlines()[0])
     ranks = distributed.init()
+    distributed.on_main(lambda: check_model(args.model))
     rewards = load_rewards(parse_rewards(args.rewards), ranks.device, read_prompts(args.prompts)[0])
     pipeline = load_pipeline(args.model, args.dtype, ranks.device)
     sampling = sampling_settings(args, pipeline)
