@@ -149,17 +149,18 @@ def _check_weights(folder: Path, class_name: str, flag: str) -> int:
     """Bytes of a part's weights. UserError unless its files are whole and have all tensors that its config.json asks for."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag}: {folder} has no config.json")
-    with reading(folder, f"{flag}: {folder} cannot be loaded as {class_name}"):
-        config = json.loads((folder / "config.json").read_bytes())
-        of_diffusers = hasattr(diffusers, class_name)
+    config, of_diffusers, tensors, size = _settings(folder / "config.json", flag), hasattr(diffusers, class_name), {}, 0
+    try:
         if of_diffusers and config.get("_class_name") != class_name:
             raise ValueError(f"its config.json is of a {config.get('_class_name')}")
         if "quantization_config" in config:
             raise ValueError("its config.json has a quantization_config, and quantised weights cannot be trained: take the original")
-        tensors, size = {}, 0
         for file in _weight_files(folder, class_name, "diffusion_pytorch_model" if of_diffusers else "model"):
             tensors |= _head(file)
             size += file.stat().st_size
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # of JSON with other contents too
+        raise UserError(f"{flag}: {folder} cannot be loaded as {class_name}: {first_line(error)}") from error
+    with reading(folder, f"{flag}: {folder} cannot be loaded as {class_name}"):
         wrong = (_diffusers_mismatch if of_diffusers else _transformers_mismatch)(class_name, config, tensors)
     for what, names in wrong.items():
         if names:

@@ -8,9 +8,9 @@
 # On each of 4 nodes also set NNODES=4, NODE_RANK and MASTER_ADDR. On one node add --lora_rank 32 --learning_rate 1e-4.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-    "$repository/train_grpo_flux.py" --model "${MODEL:?set MODEL to the FLUX.1-dev folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
+python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the FLUX.1-dev folder}" --family flux --use training
+torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
+    "$repository/train_grpo_flux.py" --model "$MODEL" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
     --rewards "hpsv2=${HPS:?set HPS to HPS_v2.1_compressed.pt}" "clip=${CLIP:?set CLIP to a CLIP folder}" --reward_weights 0.7 1.4 \
     --iterations 300 --prompts_per_iteration 32 --num_generations 12 --updates_per_iteration 4 \
     --height 720 --width 720 --sampling_steps 16 --shift 3 --noise_level 0.3 --timestep_fraction 0.6 --embedded_guidance 3.5 \

@@ -11,9 +11,9 @@
 # Text-to-image, with rewards for pictures: --num_frames 1 --height 720 --width 720 --rewards hpsv2=FILE clip=FOLDER --reward_weights 0.7 1.4
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-    "$repository/train_grpo_hunyuan.py" --model "${MODEL:?set MODEL to the HunyuanVideo folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
+python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the HunyuanVideo folder}" --family hunyuan --use training
+torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
+    "$repository/train_grpo_hunyuan.py" --model "$MODEL" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
     --rewards "videoalign.vq=${VIDEOALIGN:?set VIDEOALIGN to the VideoReward folder}" "videoalign.mq=$VIDEOALIGN" \
     --iterations 300 --prompts_per_iteration 32 --num_generations 24 --best_of_n 8 --updates_per_iteration 4 \
     --height 480 --width 480 --num_frames 53 --sampling_steps 16 --shift 5 --noise_level 0.25 --timestep_fraction 0.6 --embedded_guidance 6.018 \

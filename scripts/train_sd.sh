@@ -8,9 +8,9 @@
 # On fewer or smaller GPUs set GPUS, and add --lora_rank 32 --learning_rate 1e-4.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-    "$repository/train_grpo_sd.py" --model "${MODEL:?set MODEL to the Stable Diffusion folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
+python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the Stable Diffusion folder}" --family sd --use training
+torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
+    "$repository/train_grpo_sd.py" --model "$MODEL" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
     --rewards "hpsv2=${HPS:?set HPS to HPS_v2.1_compressed.pt}" "clip=${CLIP:?set CLIP to a CLIP folder}" --reward_weights 0.7 1.4 \
     --iterations 300 --prompts_per_iteration 32 --num_generations 12 --updates_per_iteration 1 \
     --height 512 --width 512 --sampling_steps 50 --noise_level 1.0 --guidance_scale 5 --timestep_fraction 0.6 \

@@ -9,9 +9,9 @@
 #   --prompts_per_iteration 8 --lora_rank 32 --learning_rate 1e-4
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-    "$repository/train_grpo_skyreels.py" --model "${MODEL:?set MODEL to the SkyReels folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
+python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the SkyReels folder}" --family skyreels --use training
+torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
+    "$repository/train_grpo_skyreels.py" --model "$MODEL" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
     --rewards "videoalign.mq=${VIDEOALIGN:?set VIDEOALIGN to the VideoReward folder}" \
     --iterations 300 --prompts_per_iteration 32 --num_generations 8 --updates_per_iteration 1 \
     --height 400 --width 640 --num_frames 53 --sampling_steps 16 --shift 7 --noise_level 0.3 --timestep_fraction 0.6 \

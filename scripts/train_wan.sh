@@ -10,9 +10,9 @@
 # On each of several nodes also set NNODES, NODE_RANK and MASTER_ADDR, and raise --prompts_per_iteration.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-    "$repository/train_grpo_wan.py" --model "${MODEL:?set MODEL to the Wan2.1-T2V folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
+python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the Wan2.1-T2V folder}" --family wan --use training
+torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
+    "$repository/train_grpo_wan.py" --model "$MODEL" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
     --rewards "videoalign.vq=${VIDEOALIGN:?set VIDEOALIGN to the VideoReward folder},clip_fps=16" "videoalign.mq=$VIDEOALIGN,clip_fps=16" \
     --iterations 300 --prompts_per_iteration 8 --num_generations 12 --updates_per_iteration 1 \
     --height 480 --width 832 --num_frames 53 --sampling_steps 16 --shift 5 --noise_level 0.3 --timestep_fraction 0.6 \

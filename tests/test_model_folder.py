@@ -80,7 +80,7 @@ def test_published_layouts_pass(copy):
 def test_files_that_are_missing_or_cut_off(copy):
     model = copy("flux")
     network = model / "transformer"
-    first, second = in_shards(network, "diffusion_pytorch_model")
+    _, second = in_shards(network, "diffusion_pytorch_model")
     whole = second.read_bytes()
     second.write_bytes(whole[:-100])
     assert f"{second.name} has {len(whole) - 100} bytes, not the {len(whole)} of its tensors" in sentence(model)
