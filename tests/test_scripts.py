@@ -167,33 +167,34 @@ def test_launch_scripts_check_the_model_first(shell_script):
     assert lines[check + 1].startswith('torchrun "${rendezvous[@]}" ')
 
 
-def launch_with_a_noted_torchrun(tmp_path: Path, **environment: object) -> tuple[subprocess.CompletedProcess, list[str] | None]:
-    """scripts/preprocess_flux.sh, and the words that it gives to torchrun (None: it does not come to that)."""
-    noted = tmp_path / "words"
-    noted.unlink(missing_ok=True)
-    command = f'torchrun() {{ printf "%s\\n" "$@" >{noted}; }}; export -f torchrun; bash {REPOSITORY / "scripts" / "preprocess_flux.sh"}'
-    given = {"MODEL": MODEL, "PROMPTS": PROMPTS, "OUTPUT_DIR": tmp_path / "cache"} | environment
+def bash(command: str, **environment: object) -> subprocess.CompletedProcess:
+    """In the repository, without what a SLURM job or a user may have set."""
     alone = {name: value for name, value in os.environ.items() if name not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
-    given = alone | {name: str(value) for name, value in given.items()}
-    result = subprocess.run(["bash", "-c", command], env=given, capture_output=True, text=True, check=False)
-    return result, noted.read_text().splitlines() if noted.exists() else None
+    given = alone | {name: str(value) for name, value in environment.items()}
+    return subprocess.run(["bash", "-c", command], env=given, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
 def test_a_wrong_folder_is_refused_before_torchrun(tmp_path):
-    result, words = launch_with_a_noted_torchrun(tmp_path, MODEL=REPOSITORY / "shapes" / "models" / "sd")
-    assert (result.returncode, words) == (2, None)
+    command = f"torchrun() {{ touch {tmp_path / 'started'}; }}; export -f torchrun; bash scripts/preprocess_flux.sh"
+    given = {"MODEL": REPOSITORY / "shapes" / "models" / "sd", "PROMPTS": PROMPTS, "OUTPUT_DIR": tmp_path / "cache"}
+    result = bash(command, **given)
+    assert result.returncode == 2
     assert "is a StableDiffusionPipeline by its model_index.json" in result.stderr
+    assert not (tmp_path / "started").exists()
 
 
-def test_processes_meet_at_a_free_port_on_one_node_and_where_they_are_told_to_on_several(tmp_path):
-    result, words = launch_with_a_noted_torchrun(tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert words[:3] == ["--standalone", "--nproc_per_node", "gpu"]
-    several = {"NNODES": 4, "NODE_RANK": 2, "MASTER_ADDR": "first", "MASTER_PORT": 20123}
-    _, words = launch_with_a_noted_torchrun(tmp_path, **several)
-    assert words[:8] == "--nnodes 4 --node_rank 2 --master_addr first --master_port 20123".split()
-    assert launch_with_a_noted_torchrun(tmp_path, MASTER_PORT=20123)[1][6:8] == ["--master_port", "20123"]  # as slurm.sh sets it
-    assert launch_with_a_noted_torchrun(tmp_path, NNODES=2)[1][6:8] == ["--master_port", "29500"]
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "--standalone"),
+        ({"NNODES": 1}, "--standalone"),
+        ({"NNODES": 1, "MASTER_PORT": 20123}, "--nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port 20123"),  # as slurm.sh does
+        ({"NNODES": 4, "NODE_RANK": 2, "MASTER_ADDR": "first"}, "--nnodes 4 --node_rank 2 --master_addr first --master_port 29500"),
+    ],
+)
+def test_processes_meet_at_a_free_port_on_one_node(environment, expected):
+    result = bash('source scripts/setup.sh requirements-dev.txt && echo "${rendezvous[@]}"', **environment)
+    assert result.stdout.splitlines()[-1:] == [expected], result.stderr
 
 
 @pytest.mark.slow
