@@ -137,9 +137,10 @@ class Args:
 def main() -> None:
     args = tyro.cli(Args, use_underscores=True, console_outputs=distributed.launch_rank() == 0, description=__doc__.splitlines()[0])
     ranks = distributed.init()
-    distributed.on_main(lambda: check_model(args.model))
+    parts = distributed.on_main(lambda: check_model(args.model))
     rewards = load_rewards(parse_rewards(args.rewards), ranks.device, read_prompts(args.prompts)[0])
-    pipeline = load_pipeline(args.model, args.dtype, ranks.device)
+    without = {"safety_checker": None} if "unet" in parts else {}  # it would blacken pictures, which training does not do
+    pipeline = load_pipeline(args.model, args.dtype, ranks.device, **without)
     sampling = sampling_settings(args, pipeline)
     from_images = isinstance(pipeline, HunyuanSkyreelsImageToVideoPipeline)
     rows, _ = read_prompts(args.prompts, ("prompt", "image") if from_images else ("prompt",))
@@ -150,9 +151,6 @@ def main() -> None:
         pipeline.vae.enable_tiling()
         pipeline.vae.enable_slicing()
     use_trained_sampler(pipeline, sampling)
-    if "safety_checker" in pipeline.components:  # it would blacken pictures, which training does not do
-        pipeline.safety_checker = None
-        pipeline.register_to_config(requires_safety_checker=False)
     network = "unet" if "unet" in pipeline.components else "transformer"
 
     results: dict[str, Any] = {
