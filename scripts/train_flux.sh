@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # FLUX.1-dev on 32 GPUs (4 nodes of 8). Needs the embedding cache of scripts/preprocess_flux.sh. Downloads, memory, time: docs/models.md.
 #
-#                    paper (Table 6)   release   here
-#   steps            25                16        16
-#   noise level      0.3               0.3       0.3
-#   samples a prompt 12                12        12
-#   pixels           720               720       720
-#   prompts an iteration                         32 (16 or more: with 8 its users saw no learning)
-#   rewards          HPS-v2.1 + CLIP (DFN5B H-14-378)   0.7 : 1.4   the same; CLIP=models/DFN5B-CLIP-ViT-H-14-378 for the paper's
-# For other rewards add --rewards NAME... --reward_weights X... at the end.
+#                         paper                            release    here
+#   steps                 25                               16         16
+#   noise level           0.3                              0.3        0.3
+#   samples a prompt      12                               12         12
+#   prompts an iteration  32                                          32 (16 or more: with 8 its users saw no learning)
+#   pixels                                                 720        720
+#   rewards               HPS-v2.1, CLIP (DFN5B H-14-378)  0.7 : 1.4  0.7 : 1.4; CLIP=models/DFN5B-CLIP-ViT-H-14-378 is the paper's
+# For other rewards add --rewards NAME... --reward_weights X... at the end (docs/rewards.md).
 #
 #   MODEL=models/FLUX.1-dev EMBEDDINGS=runs/embeddings/flux HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip bash scripts/train_flux.sh --output_dir runs/flux
 #

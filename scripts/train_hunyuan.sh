@@ -2,15 +2,15 @@
 # HunyuanVideo text-to-video on 64 GPUs (8 nodes of 8); two share each sample (--sp_size 2). Needs the embedding cache of
 # scripts/preprocess_hunyuan.sh. Downloads, memory, time: docs/models.md.
 #
-#                    paper (Table 6)   release              here
-#   steps            25                16                   16
-#   noise level      0.3               0.25                 0.25
-#   samples a prompt 12                24, best and worst 4 24, best and worst 4
-#   frames           53                53                   53
-#   rewards          VQ, MQ, each alone  VQ + MQ            VQ + MQ, VideoAlign's visual and motion quality
-#   prompts an iteration                                    32 (16 or more: with 8 its users saw no learning)
-# For other rewards add --rewards NAME... at the end (docs/rewards.md). The release stores clips at 8 frames a second before it scores them, so that
-# VideoAlign sees 14 of 53 frames; clip_fps=24, the default here, shows it 4, and VIDEOALIGN=FOLDER,clip_fps=8 what the release showed.
+#                         paper         release               here
+#   steps                 25            16                    16
+#   noise level           0.3           0.25                  0.25
+#   samples a prompt      12            24, best and worst 4  24, best and worst 4
+#   prompts an iteration  32                                  32 (16 or more: with 8 its users saw no learning)
+#   frames                              53                    53
+#   VideoAlign            VQ, MQ apart                        VQ + MQ
+# VideoAlign is shown 2 frames a second: 4 of 53 at the clips' own 24. The release stores clips at 8 before it scores them, so that 14 are shown: for that add
+# ,clip_fps=8 to each reward. For other rewards add --rewards NAME... at the end (docs/rewards.md).
 #
 #   MODEL=models/HunyuanVideo EMBEDDINGS=runs/embeddings/hunyuan VIDEOALIGN=models/VideoReward bash scripts/train_hunyuan.sh --output_dir runs/hunyuan
 #

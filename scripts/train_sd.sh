@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Stable Diffusion v1.4 at 512 px on 8 GPUs (one node). Needs the embedding cache of scripts/preprocess_sd.sh. Downloads, memory, time: docs/models.md.
 #
-#                    paper (Table 6)   release   here
-#   steps            50                50        50
-#   noise level      0.3               1.0       1.0 (DDIM's eta)
-#   samples a prompt 12                12        12
-#   prompts an iteration                         32 (16 or more: with 8 its users saw no learning)
-#   rewards          HPS-v2.1 + CLIP (DFN5B H-14-378)   0.7 : 1.4   the same; CLIP=models/DFN5B-CLIP-ViT-H-14-378 for the paper's
-# For other rewards add --rewards NAME... --reward_weights X... at the end.
+#                         paper                            release    here
+#   steps                 50                               50         50
+#   noise level           0.3                              1.0        1.0 (DDIM's eta)
+#   samples a prompt      12                                          12
+#   prompts an iteration  32                                          32 (16 or more: with 8 its users saw no learning)
+#   rewards               HPS-v2.1, CLIP (DFN5B H-14-378)  0.7 : 1.4  0.7 : 1.4; CLIP=models/DFN5B-CLIP-ViT-H-14-378 is the paper's
+# For other rewards add --rewards NAME... --reward_weights X... at the end (docs/rewards.md).
 #
 #   MODEL=models/stable-diffusion-v1-4 EMBEDDINGS=runs/embeddings/sd HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip bash scripts/train_sd.sh --output_dir runs/sd
 #

@@ -2,15 +2,16 @@
 # SkyReels-V1-I2V image-to-video at 640 x 400 on 32 GPUs (4 nodes of 8). Needs the embedding cache of scripts/preprocess_skyreels.sh, of prompts that
 # begin with "FPS-24, ". Downloads, memory, time: docs/models.md.
 #
-#                    paper (Table 6)   release   here
-#   steps            25                16        16 (its author advises more than 30)
-#   noise level      0.3               0.3       0.3
-#   samples a prompt 12                8         8
-#   frames           53                53        53
-#   prompts an iteration                         32 (16 or more: with 8 its users saw no learning)
-#   reward           MQ                MQ        MQ, VideoAlign's motion quality (VIDEOALIGN=FOLDER,clip_fps=8: 14 frames shown, as released; else 4)
-# For other rewards add --rewards NAME... at the end (docs/rewards.md). An iteration takes about 23 minutes (an estimate), hence --checkpoint_every 5
-# and, on SLURM, sbatch --signal=B:USR1@1800.
+#                         paper  release  here
+#   steps                        16       16 (its author advises more than 30)
+#   noise level           0.3    0.3      0.3
+#   samples a prompt      12     8        8
+#   prompts an iteration  32              32 (16 or more: with 8 its users saw no learning)
+#   frames                       53       53
+#   VideoAlign            MQ              MQ
+# VideoAlign is shown 2 frames a second: 4 of 53 at the clips' own 24. The release stores clips at 8 before it scores them, so that 14 are shown: for that add
+# ,clip_fps=8 to each reward. For other rewards add --rewards NAME... at the end (docs/rewards.md).
+# An iteration takes about 23 minutes (an estimate): hence --checkpoint_every 5, and on SLURM sbatch --signal=B:USR1@1800.
 #
 #   MODEL=models/SkyReels-V1-I2V EMBEDDINGS=runs/embeddings/skyreels VIDEOALIGN=models/VideoReward bash scripts/train_skyreels.sh --output_dir runs/skyreels
 #
