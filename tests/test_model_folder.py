@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -12,8 +13,10 @@ import torch
 from conftest import EVALUATE, REPOSITORY, run_script
 from safetensors.torch import load_file, save_file
 
+from evaluate import use_trained_sampler
 from fastvideo.distributed import UserError
 from fastvideo.model_folder import FAMILIES, check_model
+from train_grpo_flux import time_schedule
 
 MODELS = REPOSITORY / "shapes" / "models"
 CHECK = REPOSITORY / "preprocess" / "check_model.py"
@@ -213,3 +216,15 @@ def test_the_scripts_refuse_it_with_the_same_sentence(copy, tmp_path):
         result = run_script(script, *words, log=tmp_path / "log")
         assert result.returncode == 2, result.stderr
         assert result.stderr.strip().splitlines()[-1].replace("MODEL ", "--model ") == f"error: {expected}"
+
+
+@pytest.mark.parametrize(
+    "setting", [{"use_karras_sigmas": True}, {"use_beta_sigmas": True}, {"invert_sigmas": True}, {"shift_terminal": 0.1}]
+)
+def test_evaluation_keeps_to_trainings_times_whatever_the_folders_scheduler_does(setting):
+    """A scheduler's own spacing would be the pipeline's, and not training's."""
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, **setting)
+    pipeline = SimpleNamespace(scheduler=scheduler)
+    use_trained_sampler(pipeline, {"shift": 3.0, "sampling_steps": 8})
+    pipeline.scheduler.set_timesteps(8)
+    assert torch.allclose(pipeline.scheduler.sigmas, time_schedule(8, 3.0), atol=1e-6)
