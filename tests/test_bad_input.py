@@ -131,7 +131,7 @@ def weights_file(model: Path, subfolder: str) -> Path:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (shutil.rmtree, "model folder {model} does not exist"),
+        (shutil.rmtree, "--model: there is no folder {model}"),
         (lambda model: shutil.rmtree(model / "transformer"), "--model: there is no folder {model}/transformer"),
         (lambda model: shutil.rmtree(model / "vae"), "--model: there is no folder {model}/vae"),
         (lambda model: truncate(weights_file(model, "transformer")), "--model: {model}/transformer cannot be loaded"),

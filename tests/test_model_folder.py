@@ -218,9 +218,7 @@ def test_the_scripts_refuse_it_with_the_same_sentence(copy, tmp_path):
         assert result.stderr.strip().splitlines()[-1].replace("MODEL ", "--model ") == f"error: {expected}"
 
 
-@pytest.mark.parametrize(
-    "setting", [{"use_karras_sigmas": True}, {"use_beta_sigmas": True}, {"invert_sigmas": True}, {"shift_terminal": 0.1}]
-)
+@pytest.mark.parametrize("setting", [{"use_karras_sigmas": True}, {"invert_sigmas": True}, {"shift_terminal": 0.1}])
 def test_evaluation_keeps_to_trainings_times_whatever_the_folders_scheduler_does(setting):
     """A scheduler's own spacing would be the pipeline's, and not training's."""
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0, **setting)
