@@ -114,7 +114,7 @@ def _settings(path: Path, flag: str) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_bytes()).items())
     except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise UserError(f"{flag}: {path} is damaged: {first_line(error)}") from error
+        raise UserError(f"{flag}: {path.parent} cannot be loaded: {path.name} is damaged: {first_line(error)}") from error
 
 
 def _what_it_is(folder: Path, flag: str) -> str:

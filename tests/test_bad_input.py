@@ -191,7 +191,7 @@ def test_settings_that_cannot_be_used(sentence_of, flags, message):
 
 def test_wrong_model_kind(sentence_of):
     """A folder that has no diffusers model in it at all."""
-    assert "--model: there is no folder" in sentence_of({"--model": REPOSITORY / "shapes" / "prompts"})
+    assert "is no diffusers folder: it has no model_index.json" in sentence_of({"--model": REPOSITORY / "shapes" / "prompts"})
 
 
 def test_two_processes_say_it_once(sentence_of, cache_copy):
