@@ -92,7 +92,7 @@ def check_model(folder: str | Path, family: str | None = None, use: Use = "evalu
         elsewhere = f": see train_grpo_{known[pipeline]}.py" if pipeline in known else ""
         raise UserError(f"{flag} {folder} is a {pipeline} by its model_index.json, not the {kind.pipeline} that is needed here{elsewhere}")
     known_parts = HARMLESS | kind.parts("evaluation").keys()
-    further = {k: v for k, v in index.items() if k not in known_parts and k[0] != "_" and v not in (None, False, [None, None])}
+    further = {k: v for k, v in index.items() if k not in known_parts and not k.startswith("_") and v not in (None, False, [None, None])}
     if further:
         listed = " and ".join(f"{name} {json.dumps(value)}" for name, value in sorted(further.items()))
         raise UserError(f"{flag} {folder}: its model_index.json has {listed}, which training does not support")
@@ -158,7 +158,7 @@ def _check_weights(folder: Path, class_name: str, flag: str) -> int:
         for file in _weight_files(folder, class_name, "diffusion_pytorch_model" if of_diffusers else "model"):
             tensors |= _head(file)
             size += file.stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:  # of JSON with other contents too
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:  # of JSON with other contents too
         raise UserError(f"{flag}: {folder} cannot be loaded as {class_name}: {first_line(error)}") from error
     with reading(folder, f"{flag}: {folder} cannot be loaded as {class_name}"):
         wrong = (_diffusers_mismatch if of_diffusers else _transformers_mismatch)(class_name, config, tensors)
@@ -201,7 +201,7 @@ def _head(file: Path) -> dict[str, list[int]]:
         if start == b"version ":
             raise ValueError(f"{file.name} is a pointer of Git LFS, not weights: run git lfs pull, or download by hf download")
         length, size = int.from_bytes(start, "little"), file.stat().st_size
-        if not 2 <= length <= size - 8:
+        if not 2 <= length <= min(size - 8, 100_000_000):  # the format's own limit
             raise ValueError(f"{file.name} is no safetensors file, or cut off at {size} bytes: download it again")
         head = json.loads(opened.read(length))
     head.pop("__metadata__", None)
