@@ -186,8 +186,13 @@ def test_a_composed_folder_needs_its_own_pipeline(copy):
     assert "channels and predicts" in sentence(model)  # as what it says it is, it is a variant
 
 
-@pytest.mark.parametrize("kind", ["bin", "fp16"])
-@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+@pytest.mark.parametrize(
+    ("kind", "part"),
+    [
+        ("fp16", "vae"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("bin", "vae"), ("bin", "text_encoder"), ("fp16", "text_encoder"))),
+    ],
+)
 def test_other_formats_are_refused_with_a_command_that_converts_them(copy, kind, part):
     model = copy("sd")
     file = next((model / part).glob("*.safetensors"))
