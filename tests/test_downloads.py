@@ -38,7 +38,7 @@ OF_HUNYUAN = (
     | parts("vae", "config.json", "diffusion_pytorch_model.safetensors")
 )
 CLIP_FILES = {"config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", *CLIP_TOKENIZER}
-# Repository -> (what is needed of it, what else is in it), as far as known.
+# Repository -> (what is needed of it, what else is in it), as far as known: no listing of them was at hand.
 REPOSITORIES = {
     "CompVis/stable-diffusion-v1-4": (
         OF_ALL
