@@ -30,6 +30,7 @@ from fastvideo.encoders import read_image
 from fastvideo.files import whole_file
 from fastvideo.flags import check_numbers
 from fastvideo.media import film_strip, save_grid, save_video, to_pil
+from fastvideo.model_folder import check_model
 from fastvideo.pretrained import load_pipeline, load_pretrained
 from fastvideo.prompts import read_prompts
 from fastvideo.rewards import Reward, load_rewards, parse_rewards, score
@@ -80,6 +81,11 @@ ARGUMENTS = {
         "max_sequence_length": ("max_sequence_length", 512),
     },
 }
+# Training's times are evenly spaced before the shift, whatever else a folder's scheduler would do with them.
+PLAIN = dict.fromkeys(
+    ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling"),
+    False,
+) | {"shift_terminal": None}
 SAMPLING = tuple(dict.fromkeys(name for settings in ARGUMENTS.values() for name in settings))
 NUMBERS = {"above 0": " ".join(SAMPLING), "1 or more": "guidance_scale"}
 
@@ -100,8 +106,10 @@ class Args:
     """Noise seeds; the spread of the means over them is reported."""
     images_per_prompt: int = 1
     """Pictures of each prompt for each noise seed."""
-    batch_size: int = 16
-    """Pictures sampled at once by each process."""
+    batch_size: int | None = None
+    """Pictures or clips sampled at once by each process (default: 16 pictures or 1 clip)."""
+    vae_tiling: bool = False
+    """Decode in tiles, one sample at a time: less memory for long or large clips, and what a run with this flag decoded."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the networks compute in (auto: bfloat16 on GPUs, float32 on CPUs)."""
     sampling_steps: int | None = None
@@ -129,17 +137,20 @@ class Args:
 def main() -> None:
     args = tyro.cli(Args, use_underscores=True, console_outputs=distributed.launch_rank() == 0, description=__doc__.splitlines()[0])
     ranks = distributed.init()
+    parts = distributed.on_main(lambda: check_model(args.model))
     rewards = load_rewards(parse_rewards(args.rewards), ranks.device, read_prompts(args.prompts)[0])
-    pipeline = load_pipeline(args.model, args.dtype, ranks.device)
+    without = {"safety_checker": None} if "unet" in parts else {}  # it would blacken pictures, which training does not do
+    pipeline = load_pipeline(args.model, args.dtype, ranks.device, **without)
     sampling = sampling_settings(args, pipeline)
     from_images = isinstance(pipeline, HunyuanSkyreelsImageToVideoPipeline)
     rows, _ = read_prompts(args.prompts, ("prompt", "image") if from_images else ("prompt",))
     if from_images and "image" not in rows[0]:
         raise UserError(f'--prompts {args.prompts} must be a .jsonl file of objects with a "prompt" and an "image" for {args.model}')
+    args.batch_size = args.batch_size or batch_size(pictures=sampling.get("num_frames", 1) == 1)
+    if args.vae_tiling:
+        pipeline.vae.enable_tiling()
+        pipeline.vae.enable_slicing()
     use_trained_sampler(pipeline, sampling)
-    if "safety_checker" in pipeline.components:  # it would blacken pictures, which training does not do
-        pipeline.safety_checker = None
-        pipeline.register_to_config(requires_safety_checker=False)
     network = "unet" if "unet" in pipeline.components else "transformer"
 
     results: dict[str, Any] = {
@@ -171,6 +182,11 @@ def main() -> None:
         if run and (run / "metrics.jsonl").exists() and read_metrics(run):
             plot_rewards(run, args.output_dir / "rewards.png", results)
         print(f"written to {args.output_dir}")
+
+
+def batch_size(pictures: bool) -> int:
+    """What fits a GPU of 80 GB for all models, with their text encoders."""
+    return 16 if pictures else 1
 
 
 def save_comparison(path: Path, media: list[torch.Tensor], labels: list[list[str]]) -> None:
@@ -221,7 +237,7 @@ def use_trained_sampler(pipeline: DiffusionPipeline, sampling: dict[str, Any]) -
     """
     config = pipeline.scheduler.config
     if "shift" in sampling:
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=sampling["shift"], use_dynamic_shifting=False)
+        pipeline.scheduler = FlowMatchEulerDiscreteScheduler.from_config(config, shift=sampling["shift"], **PLAIN)
         # Before the shift, the times go evenly from 1 to this; WanPipeline leaves them to the scheduler, the others say so themselves.
         pipeline.scheduler.sigma_min = 1 / sampling["sampling_steps"]
     else:

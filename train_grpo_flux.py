@@ -27,6 +27,7 @@ from fastvideo.ema import EMA
 from fastvideo.embedding_cache import EmbeddingCache
 from fastvideo.fingerprint import check_encoder
 from fastvideo.flags import check_numbers, check_size
+from fastvideo.model_folder import check_model
 from fastvideo.models.flux import parallelize
 from fastvideo.pretrained import add_lora, initial_weights, load_pretrained
 from fastvideo.prompts import draw_prompts
@@ -430,6 +431,7 @@ def main() -> None:
     resume_from = run_folder.enter(args.output_dir, args.resume, arguments, cache.digest, args.allow_changed_args)
 
     # Rewards, models, engine.
+    distributed.on_main(lambda: check_model(args.model, FAMILY, "training"))
     check_encoder(cache, args.model)
     rewards = load_rewards(parse_rewards(args.rewards + args.held_out_rewards), device, cache.rows[: cache.num_prompts])
     weights = dict(zip(rewards, args.reward_weights))  # of those that are trained on

@@ -29,6 +29,7 @@ from fastvideo.ema import EMA
 from fastvideo.embedding_cache import EmbeddingCache
 from fastvideo.fingerprint import check_encoder
 from fastvideo.flags import check_numbers, check_size
+from fastvideo.model_folder import check_model
 from fastvideo.models.hunyuan import parallelize
 from fastvideo.pretrained import add_lora, initial_weights, load_pretrained
 from fastvideo.prompts import draw_prompts
@@ -236,8 +237,6 @@ def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[HunyuanVi
     """The policy, on the CPU and ready for the engine, and the frozen decoder on its device."""
     transformer = load_pretrained(HunyuanVideoTransformer3DModel, args.model, "transformer", torch_dtype=dtype)
     vae = load_pretrained(AutoencoderKLHunyuanVideo, args.model, "vae", torch_dtype=dtype).to(ranks.device).eval().requires_grad_(False)
-    if transformer.config.in_channels != vae.config.latent_channels:
-        raise UserError(f"--model {args.model} takes more than latents, as image-to-video does: see train_grpo_skyreels.py")
     scale = vae.config.spatial_compression_ratio * transformer.config.patch_size  # pixels to a token: 16 for HunyuanVideo
     check_size(vars(args), pixels=scale, frames=vae.config.temporal_compression_ratio)
     if args.vae_tiling:
@@ -449,6 +448,7 @@ def main() -> None:
     resume_from = run_folder.enter(args.output_dir, args.resume, arguments, cache.digest, args.allow_changed_args)
 
     # Rewards, models, engine.
+    distributed.on_main(lambda: check_model(args.model, FAMILY, "training"))
     check_encoder(cache, args.model)
     rewards = load_rewards(parse_rewards(args.rewards + args.held_out_rewards), device, cache.rows[: cache.num_prompts])
     weights = dict(zip(rewards, args.reward_weights))  # of those that are trained on

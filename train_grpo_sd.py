@@ -27,6 +27,7 @@ from fastvideo.ema import EMA
 from fastvideo.embedding_cache import EmbeddingCache
 from fastvideo.fingerprint import check_encoder
 from fastvideo.flags import check_numbers, check_size
+from fastvideo.model_folder import check_model
 from fastvideo.pretrained import add_lora, initial_weights, load_pretrained
 from fastvideo.prompts import draw_prompts
 from fastvideo.rewards import check_rewards, load_rewards, parse_rewards, score
@@ -245,10 +246,6 @@ def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[UNet2DCon
     """The policy, on the CPU and ready for the engine, and the frozen decoder on its device."""
     unet = load_pretrained(UNet2DConditionModel, args.model, "unet", torch_dtype=dtype)
     vae = load_pretrained(AutoencoderKL, args.model, "vae", torch_dtype=dtype).to(ranks.device).eval().requires_grad_(False)
-    if unet.config.in_channels != vae.config.latent_channels:
-        raise UserError(
-            f"--model: the UNet of {args.model} takes {unet.config.in_channels} channels, not the VAE's {vae.config.latent_channels}"
-        )
     scale = 2 ** (len(vae.config.block_out_channels) + len(unet.config.block_out_channels) - 2)  # to the UNet's coarsest grid: 64 for v1.4
     check_size(vars(args), pixels=scale)
     set_attention(unet, args.attention, ranks.device)
@@ -460,6 +457,7 @@ def main() -> None:
     resume_from = run_folder.enter(args.output_dir, args.resume, arguments, cache.digest, args.allow_changed_args)
 
     # Rewards, models, engine.
+    distributed.on_main(lambda: check_model(args.model, FAMILY, "training"))
     check_encoder(cache, args.model)
     rewards = load_rewards(parse_rewards(args.rewards + args.held_out_rewards), device, cache.rows[: cache.num_prompts])
     weights = dict(zip(rewards, args.reward_weights))  # of those that are trained on

@@ -38,6 +38,7 @@ from benchmarks.common import print_table  # noqa: E402 (run as a script, Python
 from fastvideo import checkpoint, distributed, rewards, tracking  # noqa: E402
 from fastvideo.distributed import Ranks  # noqa: E402
 from fastvideo.embedding_cache import write_cache  # noqa: E402
+from fastvideo.model_folder import FAMILIES  # noqa: E402
 
 IMAGE_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -138,6 +139,8 @@ def make_model(model: FullSize, folder: Path) -> None:
         torch.set_default_dtype(torch.float32)
         network.save_pretrained(folder / name, max_shard_size="4GB")
         del network
+    pipeline = FAMILIES[model.script.removeprefix("train_grpo_")].pipeline
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
     if model.script == "train_grpo_sd":
         DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1).save_pretrained(
             folder / "scheduler"

@@ -78,17 +78,18 @@ def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, flag: 
 
 
 def load_pipeline(
-    folder: str | Path, dtype: str, device: torch.device, flag: str = "--model", *, of_any_kind: bool = False
+    folder: str | Path, dtype: str, device: torch.device, flag: str = "--model", *, of_any_kind: bool = False, **components: Any
 ) -> DiffusionPipeline:
     """The pipeline of whatever class the folder's model_index.json names, on `device`, without progress bar.
 
-    dtype: as `compute_dtype` takes it. of_any_kind: see `load_tokenizer`. Raises UserError if the folder cannot be loaded.
+    dtype: as `compute_dtype` takes it. of_any_kind: see `load_tokenizer`. components: None for what is not needed.
+    Raises UserError if the folder cannot be loaded.
     """
     if not (Path(folder) / "model_index.json").is_file():
         raise UserError(f"{flag} {folder} is no diffusers folder: it has no model_index.json")
     options = {"local_files_only": True, "use_safetensors": True}
     with reading(Path(folder), f"{flag} {folder} cannot be loaded"):
-        options |= load_tokenizers(folder, flag, of_any_kind=of_any_kind)
+        options |= load_tokenizers(folder, flag, of_any_kind=of_any_kind) | components
         pipeline = DiffusionPipeline.from_pretrained(folder, dtype=compute_dtype(dtype, device), **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)

@@ -23,6 +23,7 @@ from fastvideo.distributed import UserError, launch_rank, on_main, run
 from fastvideo.embedding_cache import write_cache
 from fastvideo.encoders import in_template, load_encoders, report_prompts, start
 from fastvideo.fingerprint import encoder_fingerprint
+from fastvideo.model_folder import check_model
 from fastvideo.pretrained import load_pretrained
 from fastvideo.prompts import read_prompts
 from fastvideo.tokenizers import token_digest
@@ -58,6 +59,7 @@ class Args:
 def main() -> None:
     args = tyro.cli(Args, use_underscores=True, console_outputs=launch_rank() == 0)
     ranks, dtype = start(args.model, args.dtype, batch_size=args.batch_size, shard_size=args.shard_size)
+    on_main(lambda: check_model(args.model, "hunyuan", "embedding"))
     rows, report = on_main(lambda: read_prompts(args.prompts))
     text_encoder = load_pretrained(LlamaModel, args.model, "text_encoder", dtype=dtype)
     text_encoder_2 = load_pretrained(CLIPTextModel, args.model, "text_encoder_2", dtype=dtype)

@@ -23,6 +23,7 @@ from fastvideo.distributed import UserError, launch_rank, on_main, run
 from fastvideo.embedding_cache import write_cache
 from fastvideo.encoders import UNCONDITIONAL, check_images, in_template, load_encoders, read_image, report_prompts, start
 from fastvideo.fingerprint import encoder_fingerprint
+from fastvideo.model_folder import check_model
 from fastvideo.pretrained import load_pretrained
 from fastvideo.prompts import read_prompts
 from fastvideo.tokenizers import token_digest
@@ -68,6 +69,7 @@ class Args:
 def main() -> None:
     args = tyro.cli(Args, use_underscores=True, console_outputs=launch_rank() == 0)
     ranks, dtype = start(args.model, args.dtype, batch_size=args.batch_size, shard_size=args.shard_size)
+    on_main(lambda: check_model(args.model, "skyreels", "embedding"))
     rows, report = on_main(lambda: read_prompts(args.prompts, identity=("prompt", "image")))
     rows = on_main(lambda: check_images(rows, report["lines"], args.prompts, None if args.resize else (args.width, args.height)))
     text_encoder = load_pretrained(LlamaModel, args.model, "text_encoder", dtype=dtype)

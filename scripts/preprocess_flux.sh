@@ -4,10 +4,10 @@
 # A killed run continues when started again. GPUS limits the number of processes. On several nodes: docs/clusters.md.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-gpu}" \
-  --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
+python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the FLUX.1-dev folder}" --family flux --use embedding
+torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-gpu}" \
   "$repository/preprocess/embed_flux.py" \
-  --model "${MODEL:?set MODEL to the FLUX.1-dev folder}" \
+  --model "$MODEL" \
   --prompts "${PROMPTS:?set PROMPTS to a .txt or .jsonl prompt file}" \
   --output_dir "${OUTPUT_DIR:?set OUTPUT_DIR to the folder of the cache}" \
   --max_sequence_length 512 \

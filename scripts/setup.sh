@@ -44,3 +44,10 @@ if [ "$1" = requirements-dev.txt ]; then # cannot include this one, which is ins
 fi
 export PATH="$repository/.venv/bin:$PATH"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
+
+# How torchrun's processes meet. Alone on a node, at any free port: others may train there too.
+if [ "${NNODES:-1}" = 1 ] && [ -z "${MASTER_PORT:-}" ]; then
+    rendezvous=(--standalone)
+else
+    rendezvous=(--nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
+fi

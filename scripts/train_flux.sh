@@ -1,16 +1,23 @@
 #!/usr/bin/env bash
-# FLUX.1-dev with the paper's settings (16 steps as released, where Table 6 has 25): 32 prompts of 12 samples at 720 px on 32 GPUs (4 nodes of 8). Needs the embedding cache of
-# scripts/preprocess_flux.sh. Memory and batch sizes are estimates (docs/gpu.md: what we ran).
-# Rewards: HPS-v2.1 and CLIP, weighted as released (docs/rewards.md: what to download); for others add --rewards NAME... --reward_weights X... at the end.
+# FLUX.1-dev on 32 GPUs (4 nodes of 8). Needs the embedding cache of scripts/preprocess_flux.sh. Downloads, memory, time: docs/models.md.
+#
+#                         paper                            release    here
+#   steps                 25                               16         16
+#   noise level           0.3                              0.3        0.3
+#   samples a prompt      12                               12         12
+#   prompts an iteration  32                                          32 (16 or more: with 8 its users saw no learning)
+#   pixels                                                 720        720
+#   rewards               HPS-v2.1, CLIP (DFN5B H-14-378)  0.7 : 1.4  0.7 : 1.4; CLIP=models/DFN5B-CLIP-ViT-H-14-378 is the paper's
+# For other rewards add --rewards NAME... --reward_weights X... at the end (docs/rewards.md).
 #
 #   MODEL=models/FLUX.1-dev EMBEDDINGS=runs/embeddings/flux HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip bash scripts/train_flux.sh --output_dir runs/flux
 #
 # On each of 4 nodes also set NNODES=4, NODE_RANK and MASTER_ADDR. On one node add --lora_rank 32 --learning_rate 1e-4.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-    "$repository/train_grpo_flux.py" --model "${MODEL:?set MODEL to the FLUX.1-dev folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
+python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the FLUX.1-dev folder}" --family flux --use training
+torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
+    "$repository/train_grpo_flux.py" --model "$MODEL" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
     --rewards "hpsv2=${HPS:?set HPS to HPS_v2.1_compressed.pt}" "clip=${CLIP:?set CLIP to a CLIP folder}" --reward_weights 0.7 1.4 \
     --iterations 300 --prompts_per_iteration 32 --num_generations 12 --updates_per_iteration 4 \
     --height 720 --width 720 --sampling_steps 16 --shift 3 --noise_level 0.3 --timestep_fraction 0.6 --embedded_guidance 3.5 \

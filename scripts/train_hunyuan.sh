@@ -1,21 +1,29 @@
 #!/usr/bin/env bash
-# HunyuanVideo text-to-video with the paper's settings: 480 x 480, 53 frames, 64 GPUs (8 nodes of 8); best and worst 4 of 24 samples, as
-# released; two GPUs share each sample (--sp_size 2), and have one of the 32 prompts. Needs the embedding cache of
-# scripts/preprocess_hunyuan.sh. Memory and batch sizes are estimates (docs/gpu.md: what we ran). The rewards are
-# VideoAlign's visual and motion quality (docs/rewards.md: what to download); for others add --rewards NAME... at the end.
+# HunyuanVideo text-to-video on 64 GPUs (8 nodes of 8); two share each sample (--sp_size 2). Needs the embedding cache of
+# scripts/preprocess_hunyuan.sh. Downloads, memory, time: docs/models.md.
+#
+#                         paper         release               here
+#   steps                 25            16                    16
+#   noise level           0.3           0.25                  0.25
+#   samples a prompt      12            24, best and worst 4  24, best and worst 4
+#   prompts an iteration  32                                  32 (16 or more: with 8 its users saw no learning)
+#   frames                              53                    53
+#   VideoAlign            VQ, MQ apart                        VQ + MQ
+# VideoAlign is shown 2 frames a second: 4 of 53 at the clips' own 24. The release stores clips at 8 before it scores them, so that 14 are shown: for that add
+# ,clip_fps=8 to each reward. For other rewards add --rewards NAME... at the end (docs/rewards.md).
 #
 #   MODEL=models/HunyuanVideo EMBEDDINGS=runs/embeddings/hunyuan VIDEOALIGN=models/VideoReward bash scripts/train_hunyuan.sh --output_dir runs/hunyuan
 #
 # On each of 8 nodes also set NNODES=8, NODE_RANK and MASTER_ADDR. On one node of 8 GPUs add
-#   --prompts_per_iteration 8 --num_generations 12 --best_of_n 0 --lora_rank 32 --learning_rate 1e-4
+#   --prompts_per_iteration 16 --num_generations 12 --best_of_n 0 --lora_rank 32 --learning_rate 1e-4
 # Text-to-image, with rewards for pictures: --num_frames 1 --height 720 --width 720 --rewards hpsv2=FILE clip=FOLDER --reward_weights 0.7 1.4
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-    "$repository/train_grpo_hunyuan.py" --model "${MODEL:?set MODEL to the HunyuanVideo folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
+python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the HunyuanVideo folder}" --family hunyuan --use training
+torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
+    "$repository/train_grpo_hunyuan.py" --model "$MODEL" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
     --rewards "videoalign.vq=${VIDEOALIGN:?set VIDEOALIGN to the VideoReward folder}" "videoalign.mq=$VIDEOALIGN" \
     --iterations 300 --prompts_per_iteration 32 --num_generations 24 --best_of_n 8 --updates_per_iteration 4 \
     --height 480 --width 480 --num_frames 53 --sampling_steps 16 --shift 5 --noise_level 0.25 --timestep_fraction 0.6 --embedded_guidance 6.018 \
     --learning_rate 1e-5 --clip_range 1e-4 --ema_decay 0.995 --vae_tiling \
-    --zero_stage 3 --sp_size 2 --gradient_checkpointing --rollout_batch_size 1 --micro_batch_size 1 --checkpoint_every 25 "$@"
+    --zero_stage 3 --sp_size 2 --gradient_checkpointing --rollout_batch_size 1 --micro_batch_size 1 --checkpoint_every 10 "$@"

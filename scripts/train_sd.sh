@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
-# Stable Diffusion v1.4 with the paper's settings: 32 prompts of 12 samples at 512 px on 8 GPUs (one node). Needs the embedding cache of
-# scripts/preprocess_sd.sh. Memory and batch sizes are estimates (docs/gpu.md: what we ran).
-# Rewards: HPS-v2.1 and CLIP, weighted as released (docs/rewards.md: what to download); for others add --rewards NAME... --reward_weights X... at the end.
+# Stable Diffusion v1.4 at 512 px on 8 GPUs (one node). Needs the embedding cache of scripts/preprocess_sd.sh. Downloads, memory, time: docs/models.md.
+#
+#                         paper                            release    here
+#   steps                 50                               50         50
+#   noise level           0.3                              1.0        1.0 (DDIM's eta)
+#   samples a prompt      12                                          12
+#   prompts an iteration  32                                          32 (16 or more: with 8 its users saw no learning)
+#   rewards               HPS-v2.1, CLIP (DFN5B H-14-378)  0.7 : 1.4  0.7 : 1.4; CLIP=models/DFN5B-CLIP-ViT-H-14-378 is the paper's
+# For other rewards add --rewards NAME... --reward_weights X... at the end (docs/rewards.md).
 #
 #   MODEL=models/stable-diffusion-v1-4 EMBEDDINGS=runs/embeddings/sd HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip bash scripts/train_sd.sh --output_dir runs/sd
 #
 # On fewer or smaller GPUs set GPUS, and add --lora_rank 32 --learning_rate 1e-4.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-    "$repository/train_grpo_sd.py" --model "${MODEL:?set MODEL to the Stable Diffusion folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
+python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the Stable Diffusion folder}" --family sd --use training
+torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
+    "$repository/train_grpo_sd.py" --model "$MODEL" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
     --rewards "hpsv2=${HPS:?set HPS to HPS_v2.1_compressed.pt}" "clip=${CLIP:?set CLIP to a CLIP folder}" --reward_weights 0.7 1.4 \
     --iterations 300 --prompts_per_iteration 32 --num_generations 12 --updates_per_iteration 1 \
     --height 512 --width 512 --sampling_steps 50 --noise_level 1.0 --guidance_scale 5 --timestep_fraction 0.6 \

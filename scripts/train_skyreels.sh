@@ -1,19 +1,29 @@
 #!/usr/bin/env bash
-# SkyReels-V1-I2V image-to-video with the paper's settings: 32 prompts of 8 samples at 640 x 400, 53 frames, on 32 GPUs (4 nodes of 8). Needs the
-# embedding cache of scripts/preprocess_skyreels.sh. Memory and batch sizes are estimates (docs/gpu.md: what we ran). The reward is
-# VideoAlign's motion quality (docs/rewards.md: what to download); for others add --rewards NAME... at the end.
+# SkyReels-V1-I2V image-to-video at 640 x 400 on 32 GPUs (4 nodes of 8). Needs the embedding cache of scripts/preprocess_skyreels.sh, of prompts that
+# begin with "FPS-24, ". Downloads, memory, time: docs/models.md.
+#
+#                         paper  release  here
+#   steps                        16       16 (its author advises more than 30)
+#   noise level           0.3    0.3      0.3
+#   samples a prompt      12     8        8
+#   prompts an iteration  32              32 (16 or more: with 8 its users saw no learning)
+#   frames                       53       53
+#   VideoAlign            MQ              MQ
+# VideoAlign is shown 2 frames a second: 4 of 53 at the clips' own 24. The release stores clips at 8 before it scores them, so that 14 are shown: for that add
+# ,clip_fps=8 to each reward. For other rewards add --rewards NAME... at the end (docs/rewards.md).
+# An iteration takes about 23 minutes (an estimate): hence --checkpoint_every 5, and on SLURM sbatch --signal=B:USR1@1800.
 #
 #   MODEL=models/SkyReels-V1-I2V EMBEDDINGS=runs/embeddings/skyreels VIDEOALIGN=models/VideoReward bash scripts/train_skyreels.sh --output_dir runs/skyreels
 #
 # On each of 4 nodes also set NNODES=4, NODE_RANK and MASTER_ADDR. On one node of 8 GPUs add
-#   --prompts_per_iteration 8 --lora_rank 32 --learning_rate 1e-4
+#   --prompts_per_iteration 16 --lora_rank 32 --learning_rate 1e-4
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-torchrun --nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --nproc_per_node "${GPUS:-8}" \
-    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" \
-    "$repository/train_grpo_skyreels.py" --model "${MODEL:?set MODEL to the SkyReels folder}" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
+python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the SkyReels folder}" --family skyreels --use training
+torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
+    "$repository/train_grpo_skyreels.py" --model "$MODEL" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
     --rewards "videoalign.mq=${VIDEOALIGN:?set VIDEOALIGN to the VideoReward folder}" \
     --iterations 300 --prompts_per_iteration 32 --num_generations 8 --updates_per_iteration 1 \
     --height 400 --width 640 --num_frames 53 --sampling_steps 16 --shift 7 --noise_level 0.3 --timestep_fraction 0.6 \
     --guidance_scale 5 --embedded_guidance 1 --learning_rate 1e-5 --clip_range 1e-4 --ema_decay 0.995 --vae_tiling \
-    --zero_stage 3 --gradient_checkpointing --rollout_batch_size 1 --micro_batch_size 1 --checkpoint_every 25 "$@"
+    --zero_stage 3 --gradient_checkpointing --rollout_batch_size 1 --micro_batch_size 1 --checkpoint_every 5 "$@"

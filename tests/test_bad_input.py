@@ -131,7 +131,7 @@ def weights_file(model: Path, subfolder: str) -> Path:
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
-        (shutil.rmtree, "model folder {model} does not exist"),
+        (shutil.rmtree, "--model: there is no folder {model}"),
         (lambda model: shutil.rmtree(model / "transformer"), "--model: there is no folder {model}/transformer"),
         (lambda model: shutil.rmtree(model / "vae"), "--model: there is no folder {model}/vae"),
         (lambda model: truncate(weights_file(model, "transformer")), "--model: {model}/transformer cannot be loaded"),
@@ -191,7 +191,7 @@ def test_settings_that_cannot_be_used(sentence_of, flags, message):
 
 def test_wrong_model_kind(sentence_of):
     """A folder that has no diffusers model in it at all."""
-    assert "--model: there is no folder" in sentence_of({"--model": REPOSITORY / "shapes" / "prompts"})
+    assert "is no diffusers folder: it has no model_index.json" in sentence_of({"--model": REPOSITORY / "shapes" / "prompts"})
 
 
 def test_two_processes_say_it_once(sentence_of, cache_copy):

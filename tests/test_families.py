@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from evaluate import media_of, pipeline_arguments, use_trained_sampler
-from fastvideo.distributed import Ranks, UserError, keyed_generator
+from fastvideo.distributed import Ranks, keyed_generator
 from fastvideo.embedding_cache import EmbeddingCache
 
 PROMPTS = REPOSITORY / "shapes" / "prompts"
@@ -237,15 +237,15 @@ def test_the_export_is_evaluated_with_the_runs_settings(run, family, cache, tmp_
 OTHER_KIND = {"hunyuan": "skyreels", "skyreels": "hunyuan"}
 
 
-def test_a_folder_of_the_other_kind_is_refused(family, cache):
+def test_a_folder_of_the_other_kind_is_refused(family, cache, tmp_path):
     """Their encoders may be the same, so that nothing else would notice."""
     if family.name not in OTHER_KIND:
         pytest.skip("has no sibling of the same classes")
-    module = importlib.import_module(family.script.stem)
-    model = REPOSITORY / "shapes" / "models" / OTHER_KIND[family.name]
-    args = module.Args(model=model, embeddings=cache, output_dir=cache, rewards=family.rewards, height=32, width=32)
-    with pytest.raises(UserError, match=f"see train_grpo_{OTHER_KIND[family.name]}.py"):
-        module.load_models(args, torch.float32, Ranks(0, 1, torch.device("cpu")))
+    flags = {"--model": REPOSITORY / "shapes" / "models" / OTHER_KIND[family.name], "--embeddings": cache, "--output_dir": tmp_path / "run"}
+    flags |= {"--rewards": tuple(family.rewards), "--height": 32, "--width": 32, "--prompts_per_iteration": 1}
+    result = run_script(family.script, flags, log=tmp_path / "log")
+    assert result.returncode == 2
+    assert f"see train_grpo_{OTHER_KIND[family.name]}.py" in result.stderr
 
 
 def test_a_checkpoint_of_another_family_is_refused(run, family, cache, tmp_path):

@@ -1,15 +1,17 @@
 """The training scripts: what they copy from each other is equal, they have the same sections in the same order, and every flag is read."""
 
 import ast
+import os
 import re
 import runpy
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 import tyro
-from conftest import EVALUATE, REPOSITORY
+from conftest import ENVIRONMENT, EVALUATE, MODEL, PROMPTS, REPOSITORY
 
 import evaluate
 from scripts.sync_copies import MARKER, stale_copies
@@ -134,7 +136,7 @@ def launched(shell_script: Path) -> tuple[Path, list[str]]:
     """The Python script that a shell script gives to torchrun, and the words after it; variables without a default become a word."""
     text = re.sub(r"\\\n", " ", shell_script.read_text())
     command = next(line for line in text.splitlines() if line.startswith("torchrun "))
-    command = command.replace('"$@"', "").replace("$repository", str(REPOSITORY))
+    command = command.replace('"$@"', "").replace("$repository", str(REPOSITORY)).replace("$MODEL", "x")
     command = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", command)
     command = re.sub(r"\$\{\w+:\?[^}]*\}", "x.jsonl", command)
     words = shlex.split(command)
@@ -154,3 +156,55 @@ def test_launch_scripts_are_accepted_by_their_scripts(shell_script):
 def test_every_script_has_its_launchers():
     families = {path.stem.removeprefix("train_grpo_") for path in TRAINING_SCRIPTS}
     assert {path.name for path in LAUNCHERS} == {f"{kind}_{family}.sh" for kind in ("train", "preprocess") for family in families}
+
+
+@pytest.mark.parametrize("shell_script", LAUNCHERS, ids=lambda path: path.name)
+def test_launch_scripts_check_the_model_first(shell_script):
+    kind, family = shell_script.stem.split("_")
+    lines = shell_script.read_text().splitlines()
+    check = next(i for i, line in enumerate(lines) if "check_model.py" in line)
+    assert lines[check].endswith(f"--family {family} --use {'training' if kind == 'train' else 'embedding'}")
+    assert lines[check + 1].startswith('torchrun "${rendezvous[@]}" ')
+
+
+def bash(command: str, **environment: object) -> subprocess.CompletedProcess:
+    """In the repository, without what a SLURM job or a user may have set."""
+    alone = {name: value for name, value in os.environ.items() if name not in ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")}
+    given = alone | {name: str(value) for name, value in environment.items()}
+    return subprocess.run(["bash", "-c", command], env=given, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_a_wrong_folder_is_refused_before_torchrun(tmp_path):
+    command = f"torchrun() {{ touch {tmp_path / 'started'}; }}; export -f torchrun; bash scripts/preprocess_flux.sh"
+    given = {"MODEL": REPOSITORY / "shapes" / "models" / "sd", "PROMPTS": PROMPTS, "OUTPUT_DIR": tmp_path / "cache"}
+    result = bash(command, **given)
+    assert result.returncode == 2
+    assert "is a StableDiffusionPipeline by its model_index.json" in result.stderr
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "--standalone"),
+        ({"NNODES": 1}, "--standalone"),
+        ({"NNODES": 1, "MASTER_PORT": 20123}, "--nnodes 1 --node_rank 0 --master_addr 127.0.0.1 --master_port 20123"),  # as slurm.sh does
+        ({"NNODES": 4, "NODE_RANK": 2, "MASTER_ADDR": "first"}, "--nnodes 4 --node_rank 2 --master_addr first --master_port 29500"),
+    ],
+)
+def test_processes_meet_at_a_free_port_on_one_node(environment, expected):
+    result = bash('source scripts/setup.sh requirements-dev.txt && echo "${rendezvous[@]}"', **environment)
+    assert result.stdout.splitlines()[-1:] == [expected], result.stderr
+
+
+@pytest.mark.slow
+def test_two_launch_scripts_at_once_on_one_node(tmp_path):
+    shell_script = REPOSITORY / "scripts" / "preprocess_flux.sh"
+    started = []
+    for i in range(2):
+        given = {"MODEL": MODEL, "PROMPTS": PROMPTS, "OUTPUT_DIR": tmp_path / str(i), "GPUS": 2}
+        given = os.environ | ENVIRONMENT | {name: str(value) for name, value in given.items()}
+        command = ["bash", shell_script, "--max_sequence_length", "32", "--dtype", "float32"]
+        started.append(subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
+    outputs = [process.communicate(timeout=300)[0] for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
