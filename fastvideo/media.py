@@ -5,10 +5,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from fastvideo.distributed import UserError
 from fastvideo.files import whole_file
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture as it was opened in RGB: turned as its EXIF data says, laid on white where it is transparent, 16-bit grey scaled to 8 bits.
+
+    Raises ValueError for pixels of 32 bits, whole or floating: what is white in them is not known.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # PIL would cut off what is above 255
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits, and what is white in them is not known: save it with 8 or 16")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
