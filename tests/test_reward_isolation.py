@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fastvideo.rewards
-from fastvideo.distributed import UserError
+from fastvideo.distributed import UserError, keyed_generator
 from fastvideo.rewards import RewardSpec, load_rewards, score
 
 MEDIA = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)
@@ -21,9 +21,9 @@ def rows() -> list[dict]:
 
 
 def state() -> list:
-    folder, numbers = os.getcwd(), (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    drawn = torch.rand(3, generator=keyed_generator(0, "rollout", 1, 0, 0), dtype=torch.float32, device="cpu").tolist()  # as a run draws
     settings = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-    return [folder, *numbers, *settings, torch.get_default_device(), torch.get_float32_matmul_precision()]
+    return [os.getcwd(), drawn, *settings, torch.get_default_device(), torch.get_float32_matmul_precision()]
 
 
 def disturb() -> None:

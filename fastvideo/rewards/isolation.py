@@ -1,26 +1,23 @@
 """What a reward may change of the process that it runs in: nothing that lasts."""
 
 import os
-import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Afterwards the global settings of torch, all random states and the working folder are what they were before.
+    """Afterwards the global settings of torch and the working folder are what they were before.
 
+    Not so the global random states, on which nothing of a run depends: restored, they would hide from the preflight a reward that draws.
     A call of `sys.exit` inside raises RuntimeError instead.
     """
     here = os.open(".", os.O_RDONLY)
     grad, dtype, threads = torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads()
     device, precision = torch.get_default_device(), torch.get_float32_matmul_precision()
     deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    of_python, of_numpy, of_torch = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    of_gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     try:
         yield
     except SystemExit as error:
@@ -35,8 +32,3 @@ def undisturbed() -> Iterator[None]:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        random.setstate(of_python)
-        np.random.set_state(of_numpy)
-        torch.set_rng_state(of_torch)
-        if of_gpu is not None:
-            torch.cuda.set_rng_state(of_gpu)
