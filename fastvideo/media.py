@@ -91,12 +91,15 @@ def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]]
 def save_samples(path: Path, media: torch.Tensor, labels: list[str], fps: int = 8) -> Path:
     """Write a PNG of labelled samples at `path`, which is returned. media: pictures (B, 3, H, W), four a row, or clips (B, 3, F, H, W).
 
-    A clip is a row of its frames, and is written as an mp4 beside the PNG too: `NAME_0.mp4`, `NAME_1.mp4`, ...
+    The labels stand whole, a line each in the pictures' order, in a .txt beside it: the grid has room for their beginning, and its font few
+    scripts. A clip is a row of its frames, and is written as an mp4 beside the PNG too: `NAME_0.mp4`, `NAME_1.mp4`, ...
     """
     is_video, columns = media.ndim == 5, 1 if media.ndim == 5 else 4
     images = film_strip(media) if is_video else to_pil(media)
     starts = range(0, len(images), columns)
     save_grid(path, [images[i : i + columns] for i in starts], [labels[i : i + columns] for i in starts])
+    with whole_file(path.with_suffix(".txt")) as temporary:
+        temporary.write_text("".join(f"{' '.join(label.split())}\n" for label in labels), encoding="utf-8")
     for i, clip in enumerate(media if is_video else []):
         save_video(path.with_name(f"{path.stem}_{i}.mp4"), clip, fps)
     return path
