@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from fastvideo import distributed
 from fastvideo.distributed import Ranks, UserError, keyed_generator
-from fastvideo.encoders import read_image
+from fastvideo.encoders import check_images, read_image
 from fastvideo.files import whole_file
 from fastvideo.flags import check_numbers
 from fastvideo.media import film_strip, save_grid, save_video, to_pil
@@ -124,6 +124,8 @@ class Args:
     """Height in pixels."""
     width: int | None = None
     """Width in pixels."""
+    resize: bool = False
+    """Stretch first frames of another size to --height and --width, without keeping the ratio of their sides (SkyReels)."""
     num_frames: int | None = None
     """Frames of a clip; 1 for pictures of a video model."""
     max_sequence_length: int | None = None
@@ -143,9 +145,12 @@ def main() -> None:
     pipeline = load_pipeline(args.model, args.dtype, ranks.device, **without)
     sampling = sampling_settings(args, pipeline)
     from_images = isinstance(pipeline, HunyuanSkyreelsImageToVideoPipeline)
-    rows, _ = read_prompts(args.prompts, ("prompt", "image") if from_images else ("prompt",))
+    rows, report = read_prompts(args.prompts, ("prompt", "image") if from_images else ("prompt",))
     if from_images and "image" not in rows[0]:
         raise UserError(f'--prompts {args.prompts} must be a .jsonl file of objects with a "prompt" and an "image" for {args.model}')
+    if from_images:
+        size = None if args.resize else (sampling["width"], sampling["height"])
+        rows = distributed.on_main(lambda: check_images(rows, report["lines"], str(args.prompts), size))
     args.batch_size = args.batch_size or batch_size(pictures=sampling.get("num_frames", 1) == 1)
     if args.vae_tiling:
         pipeline.vae.enable_tiling()

@@ -12,7 +12,6 @@ from typing import Any
 
 import diffusers
 import PIL.Image
-import PIL.ImageOps
 import torch
 import transformers
 from diffusers import DiffusionPipeline
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from fastvideo.distributed import Ranks, UserError, compute_dtype, first_line, init
+from fastvideo.media import to_rgb
 from fastvideo.pretrained import reading
 from fastvideo.tokenizers import load_tokenizers
 
@@ -109,9 +109,9 @@ def check_images(rows: list[dict], lines: list[int], prompts: str, size: tuple[i
 
 
 def read_image(path: str, where: str = "") -> PIL.Image.Image:
-    """The picture in RGB, turned as its EXIF data says. Raises UserError, beginning with `where`, if it cannot be read."""
+    """The picture as `to_rgb` makes it. Raises UserError, beginning with `where`, if it cannot be read."""
     try:
         with PIL.Image.open(path, formats=FORMATS) as image:
-            return PIL.ImageOps.exif_transpose(image).convert("RGB")
+            return to_rgb(image)
     except Exception as error:  # what PIL's readers raise for a broken file is not documented
         raise UserError(f"{where}image {path} cannot be read: {first_line(error)}") from error

@@ -5,10 +5,25 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 
 from fastvideo.distributed import UserError
 from fastvideo.files import whole_file
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture as it was opened in RGB: turned as its EXIF data says, laid on white where it is transparent, 16-bit grey scaled to 8 bits.
+
+    Raises ValueError for pixels of 32 bits, whole or floating: what is white in them is not known.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):  # PIL would cut off what is above 255
+        image = Image.fromarray(((np.asarray(image).astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("its pixels have 32 bits, and what is white in them is not known: save it with 8 or 16")
+    if image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
+    return image.convert("RGB")
 
 
 def to_pil(images: torch.Tensor) -> list[Image.Image]:
@@ -76,12 +91,15 @@ def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]]
 def save_samples(path: Path, media: torch.Tensor, labels: list[str], fps: int = 8) -> Path:
     """Write a PNG of labelled samples at `path`, which is returned. media: pictures (B, 3, H, W), four a row, or clips (B, 3, F, H, W).
 
-    A clip is a row of its frames, and is written as an mp4 beside the PNG too: `NAME_0.mp4`, `NAME_1.mp4`, ...
+    The labels stand whole, a line each in the pictures' order, in a .txt beside it: the grid has room for their beginning, and its font few
+    scripts. A clip is a row of its frames, and is written as an mp4 beside the PNG too: `NAME_0.mp4`, `NAME_1.mp4`, ...
     """
     is_video, columns = media.ndim == 5, 1 if media.ndim == 5 else 4
     images = film_strip(media) if is_video else to_pil(media)
     starts = range(0, len(images), columns)
     save_grid(path, [images[i : i + columns] for i in starts], [labels[i : i + columns] for i in starts])
+    with whole_file(path.with_suffix(".txt")) as temporary:
+        temporary.write_text("".join(f"{' '.join(label.split())}\n" for label in labels), encoding="utf-8")
     for i, clip in enumerate(media if is_video else []):
         save_video(path.with_name(f"{path.stem}_{i}.mp4"), clip, fps)
     return path

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import resource
 import sys
 import threading
@@ -53,8 +54,12 @@ class Tracker:
                 except ImportError as error:
                     raise UserError("--trackers wandb needs the package wandb: pip install wandb") from error
                 # The same after a resume, and another for a folder of the same name elsewhere.
-                run_id = f"{output_dir.name[:100]}-{zlib.crc32(str(output_dir.resolve()).encode()):08x}"
-                self.wandb = wandb.init(project="fastvideo", dir=output_dir, config=config, id=run_id, resume="allow")
+                name = re.sub(r"[/\\#?%:]", "_", output_dir.name[:100])  # wandb takes none of these
+                run_id = f"{name}-{zlib.crc32(str(output_dir.resolve()).encode()):08x}"
+                try:
+                    self.wandb = wandb.init(project="fastvideo", dir=output_dir, config=config, id=run_id, resume="allow")
+                except Exception as error:  # wandb.errors has many, and does not say which
+                    raise UserError(f"--trackers wandb cannot start: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
         on_main(start)
 

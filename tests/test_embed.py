@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -146,7 +147,9 @@ def test_skyreels_cache_has_the_posterior_mean_of_each_image(image_file, tmp_pat
     torch.testing.assert_close(embeddings["pooled_prompt_embeds"], pooled_prompt_embeds, rtol=1e-5, atol=1e-5)
     assert torch.equal(embeddings["prompt_attention_mask"], mask)
 
-    images = [Image.open(image_file.with_name(name)).convert("RGB") for name in ("first.png", "second.png", "third.jpg")]
+    images = [Image.open(image_file.with_name(name)) for name in ("first.png", "second.png", "third.jpg")]
+    colour, alpha = np.asarray(images[0])[..., :3].astype(float), np.asarray(images[0])[..., 3:] / 255
+    images[0] = Image.fromarray((colour * alpha + 255 * (1 - alpha)).round().astype(np.uint8))  # on white
     pixels = pipeline.video_processor.preprocess(images, height=32, width=32)
     # The pipeline's own latents, but for its draw from the posterior.
     pipeline.vae.encode = lambda x, encode=pipeline.vae.encode: type("Output", (), {"latents": encode(x).latent_dist.mode()})()

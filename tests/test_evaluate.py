@@ -128,3 +128,12 @@ def test_broken_checkpoint(evaluate, base_as_checkpoint):
     result = evaluate({"--checkpoint": base_as_checkpoint}, check=False)
     assert result.returncode == 2
     assert f"error: --checkpoint: {base_as_checkpoint / 'transformer'} cannot be loaded" in result.stderr
+
+
+def test_a_first_frame_of_another_size_is_refused(evaluate, tmp_path):
+    Image.new("RGB", (64, 32), "red").save(tmp_path / "wide.png")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a red circle", "image": "wide.png"}\n')
+    flags = {"--model": MODEL.parent / "skyreels", "--prompts": tmp_path / "p.jsonl", "--height": 32, "--width": 32, "--rewards": "motion"}
+    result = evaluate(flags, check=False)
+    assert result.returncode == 2
+    assert f"error: line 1 of {tmp_path / 'p.jsonl'}: image {tmp_path / 'wide.png'} is 64 x 32 pixels, not 32 x 32" in result.stderr

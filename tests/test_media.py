@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastvideo.distributed import UserError
-from fastvideo.media import film_strip, read_video, save_video
+from fastvideo.media import film_strip, read_video, save_samples, save_video
 from shapes.video import VIDEO_SPECS, render_clips, tracks
 
 
@@ -66,3 +66,9 @@ def test_film_strips_show_frames_side_by_side(frames, shown):
     for place, frame in enumerate(shown):
         assert (pixels[:, 7 * place : 7 * place + 6] == round((grey[frame].item() + 1) * 127.5)).all()
         assert (pixels[:, 7 * place + 6] == 255).all()
+
+
+def test_labels_stand_whole_beside_the_grid(tmp_path):
+    labels = ["一只红色的猫", "кот " * 60, "two\nlines"]
+    save_samples(tmp_path / "grid.png", torch.zeros(3, 3, 8, 8), labels)
+    assert (tmp_path / "grid.txt").read_text(encoding="utf-8").splitlines() == [labels[0], labels[1].strip(), "two lines"]

@@ -10,6 +10,7 @@ give: `def load(path, device, *, fps: float = 2.0)` takes `NAME=PATH,fps=4`.
 A reward that can't score every prompt has an attribute `check_rows(rows)`, which raises UserError; it is called once, on all rows.
 """
 
+import copy
 import functools
 import inspect
 import math
@@ -26,6 +27,7 @@ from fastvideo.distributed import UserError
 from fastvideo.rewards.clip import load_clip
 from fastvideo.rewards.hpsv2 import load_hpsv2
 from fastvideo.rewards.http import load_http
+from fastvideo.rewards.isolation import undisturbed
 from fastvideo.rewards.ocr import load_ocr
 from fastvideo.rewards.pickscore import load_pickscore
 from fastvideo.rewards.shapes import load_aesthetic, load_fidelity, load_motion, load_shapes, load_shapes_strict, load_visual
@@ -139,11 +141,17 @@ def check_rewards(trained: tuple[str, ...], weights: tuple[float, ...], held_out
 def load_rewards(specs: list[RewardSpec], device: torch.device, rows: Sequence[dict] = ()) -> dict[str, Reward]:
     """Load each reward onto `device`, with its threshold applied: 1 above it, else 0 (the paper's binary reward).
 
-    rows: all that will be scored. Raises UserError if a reward can't score one of them, as far as it can know.
+    rows: all that will be scored. Raises UserError if a reward can't be loaded or can't score one of them, as far as it can know.
     """
     rewards = {}
     for spec in specs:
-        reward = _loader(spec.name)(spec.path, device, **spec.options)
+        try:
+            with undisturbed():
+                reward = _loader(spec.name)(spec.path, device, **spec.options)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"reward {spec.name!r} cannot be loaded: {type(error).__name__}: {error} ({_place(error)})") from error
         if hasattr(reward, "check_rows"):
             reward.check_rows(rows)
         rewards[spec.name] = _with_threshold(reward, spec.threshold)
@@ -157,6 +165,8 @@ def _with_threshold(reward: Reward, threshold: float | None) -> Reward:
     @functools.wraps(reward)
     def binary(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
         values = reward(media, rows)
+        if not isinstance(values, torch.Tensor):
+            return values  # which `score` refuses
         return torch.where(values.isfinite(), (values > threshold).to(values.dtype), values)  # a NaN stays one, to be reported
 
     return binary
@@ -165,14 +175,14 @@ def _with_threshold(reward: Reward, threshold: float | None) -> Reward:
 def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> dict[str, torch.Tensor]:
     """Each reward's scores of a batch: name -> (B,) float32 on the CPU.
 
-    media: (B, 3, H, W) or (B, 3, frames, H, W) in [-1, 1]. rows: B prompt rows.
+    media: (B, 3, H, W) or (B, 3, frames, H, W) in [-1, 1]. rows: B prompt rows. Each reward gets copies, so it may change them.
     Raises UserError where a reward raises, returns another shape than (B,) or anything not finite: nothing is replaced by a default.
     """
     scores = {}
     for name, reward in rewards.items():
         try:
-            with torch.no_grad():
-                values = reward(media, rows)
+            with undisturbed(), torch.no_grad():
+                values = reward(media.clone(), [copy.deepcopy(row) for row in rows])
         except UserError as error:
             raise UserError(f"reward {name!r} failed: {error}") from error
         except Exception as error:
@@ -181,7 +191,10 @@ def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> 
             raise UserError(f"reward {name!r} failed on {batch}: {what}") from error
         if not isinstance(values, torch.Tensor):
             raise UserError(f"reward {name!r} returned a {type(values).__name__}; it must be a tensor of shape ({len(rows)},)")
-        values = values.float().cpu()
+        if values.is_meta or values.is_complex() or values.layout != torch.strided:
+            kind = "without values (meta)" if values.is_meta else f"of {values.dtype}, {values.layout}"
+            raise UserError(f"reward {name!r} returned a tensor {kind}; it must be dense and of real numbers")
+        values = values.detach().float().cpu()
         if values.shape != (len(rows),):
             raise UserError(f"reward {name!r} returned shape {tuple(values.shape)} for {len(rows)} samples; it must be ({len(rows)},)")
         for value, row in zip(values.tolist(), rows):

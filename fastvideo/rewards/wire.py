@@ -13,6 +13,8 @@ import safetensors.torch
 import torch
 from PIL import Image
 
+from fastvideo.media import to_rgb
+
 SAFETENSORS, PNG, MP4 = KINDS = ("application/x-safetensors", "image/png", "video/mp4")
 
 
@@ -68,7 +70,7 @@ def _unpack_png(body: bytes, most_bytes: float) -> torch.Tensor:
     try:
         with Image.open(BytesIO(body), formats=["PNG"]) as image:
             size = image.size
-            pixels = np.array(image.convert("RGB")) if 3 * size[0] * size[1] <= most_bytes else None
+            pixels = np.array(to_rgb(image)) if 3 * size[0] * size[1] <= most_bytes else None
     except Exception as error:  # of all sorts: OSError, SyntaxError, DecompressionBombError, ...
         raise ValueError(f"the body is no PNG file: {error}") from error
     if pixels is None:
