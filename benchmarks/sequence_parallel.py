@@ -201,7 +201,7 @@ def main() -> None:
         raise UserError(f"--sp_size {max(args.sp_size)} is more than the number of processes, {ranks.world_size}")
     results = []
     for sp_size in (1, *args.sp_size):
-        group = dist.new_group(range(sp_size))
+        group = distributed.new_group(range(sp_size))
         for name in args.model:
             measured = measure(name, sp_size, ranks, group, args) if ranks.rank < sp_size else None
             processes = distributed.all_gather_object(measured)[:sp_size]  # here the others wait

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from fastvideo.watch import Watch, from_collective
+from fastvideo.watch import FINISHED, Watch, from_collective
 
 T = TypeVar("T")
 _watch: Watch | None = None  # of the process group, which is global too
@@ -79,7 +79,7 @@ def launch_rank() -> int:
 
 
 def init(sp_size: int = 1, timeout_minutes: float = 30) -> Ranks:
-    """Join the process group (NCCL on GPUs, gloo on CPUs) and return this process's place in it.
+    """Join the process group and return this process's place in it. GPU tensors travel by NCCL, CPU tensors and objects by gloo.
 
     Works under torchrun and under plain python, where the group has one member. `timeout_minutes` bounds every collective; a process
     lost or hanging for that long ends the job, and is named (`fastvideo.watch`). Raises UserError if groups of `sp_size` do not fit the
@@ -88,7 +88,10 @@ def init(sp_size: int = 1, timeout_minutes: float = 30) -> Ranks:
     on_gpu = torch.cuda.is_available()
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    backend, timeout = ("nccl" if on_gpu else "gloo"), timedelta(minutes=timeout_minutes)
+    timeout = timedelta(minutes=timeout_minutes)
+    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    settings = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if on_gpu else {"backend": "gloo"}
+    settings["timeout"] = timeout
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it under plain python too
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
@@ -98,19 +101,23 @@ def init(sp_size: int = 1, timeout_minutes: float = 30) -> Ranks:
         if world_size > 1:
             global _watch
             _watch = Watch(store, rank, world_size, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+        dist.init_process_group(**settings, store=store, rank=rank, world_size=world_size)
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise UserError("srun started several processes that do not know of each other: start torchrun in one task a node")
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+        dist.init_process_group(**settings, store=dist.HashStore(), rank=0, world_size=1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     if world_size % sp_size:
         raise UserError(f"--sp_size {sp_size} does not divide the number of processes, {world_size}")
     if sp_size == 1:
         return Ranks(rank, world_size, device)
-    groups = [dist.new_group(range(first, first + sp_size), timeout=timeout) for first in range(0, world_size, sp_size)]
+    groups = [new_group(range(first, first + sp_size)) for first in range(0, world_size, sp_size)]
     return Ranks(rank, world_size, device, sp_size, groups[rank // sp_size])
+
+
+def new_group(ranks: range) -> dist.ProcessGroup:
+    """Collective over all processes. A group of `ranks` with the backends of all processes' and their timeout, not PyTorch's own."""
+    return dist.new_group(ranks, timeout=dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -134,9 +141,12 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever listened for it has ended
         if _watch:
-            _watch.stop(str(error))
+            _watch.stop(FINISHED if error.on_all_ranks else str(error))
         if launch_rank() != 0 and error.exit_code == 2:
-            time.sleep(10)  # an error of all ranks is told by rank 0, after which torchrun ends this process; else it is ours to tell
+            # An error of all ranks is told by rank 0, after which torchrun ends this process; else it is ours to tell. Before they have
+            # met, rank 0 may be far behind.
+            time.sleep(10 if _watch else 60)
+            error.on_all_ranks |= _watch is not None and _watch.last_word(0) == str(error)
         elif error.exit_code == 2 and (file := os.environ.get("FASTVIDEO_ERROR_FILE")):
             Path(file).write_text(f"{error}\n")  # for who starts it again: that would be in vain
         if launch_rank() == 0 or not error.on_all_ranks:
@@ -204,19 +214,22 @@ def all_reduce_sum(values: torch.Tensor) -> torch.Tensor:
 
 
 def collect_on_main(own: dict[int, torch.Tensor], owners: list[int]) -> torch.Tensor | None:
-    """Collective. Rows that different processes hold, concatenated on rank 0; None on others.
+    """Collective. Rows that different processes hold, concatenated on the CPU of rank 0; None on others.
 
     own: place -> this process's row (1, ...), all rows of one shape. owners: the rank that has each place; place 0 is rank 0's.
     """
-    if dist.get_rank() == 0:
-        rows = [own[place] if owner == 0 else torch.empty_like(own[0]) for place, owner in enumerate(owners)]
-        for row, owner in zip(rows, owners):
-            if owner != 0:
-                dist.recv(row, owner)
-        return torch.cat(rows)
-    for place in sorted(own):
-        dist.send(own[place].contiguous(), 0)
-    return None
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    # Not by send and receive: those count as collectives of the two alone, and by these counts `fastvideo.watch` finds who hangs.
+    rows = [own[place].cpu().contiguous().view(torch.uint8).flatten() for place in sorted(own)]
+    sent = torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8)
+    sizes = [owners.count(owner) * rows[0].numel() if rank == 0 else 0 for owner in range(world_size)]  # bytes from each
+    received = torch.empty(sum(sizes), dtype=torch.uint8)
+    dist.all_to_all_single(received, sent, sizes, [len(sent)] + [0] * (world_size - 1))
+    if rank != 0:
+        return None
+    places = sorted(range(len(owners)), key=owners.__getitem__)  # in the order in which the rows have come
+    rows = received.view(own[0].dtype).view(len(owners), *own[0].shape[1:])
+    return rows[torch.tensor(places).argsort()]
 
 
 def keyed_generator(seed: int, purpose: str, *key: int) -> torch.Generator:

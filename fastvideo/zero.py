@@ -14,7 +14,7 @@ import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import logger as deepspeed_logger
 
-from fastvideo.distributed import UserError
+from fastvideo.distributed import UserError, new_group
 
 deepspeed_logger.setLevel("ERROR")
 # Only a faster all-reduce inside one CPU host, for which DeepSpeed would run the compiler for a minute at the first start.
@@ -67,6 +67,8 @@ def initialize(
         "bf16": {"enabled": dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
+    if deepspeed.utils.groups._WORLD_GROUP is None:  # DeepSpeed's collectives are in a group of its own, which would have its own timeout
+        deepspeed.utils.groups._WORLD_GROUP = new_group(range(torch.distributed.get_world_size()))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_multiplier)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine

@@ -124,6 +124,8 @@ def start_forked(script: Path, *flags: object, processes: int = 1, log: Path) ->
     for rank in range(processes):
         launcher = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = {name: str(value) for name, value in launcher.items()} if processes > 1 else {}
+        for name in ("stdout", "stderr"):
+            Path(f"{log}.{rank}.{name}").write_text("")  # another's failure may end this process before it opens its own
         process = FORK_SERVER.Process(target=run_in_fork, args=(str(script), flag_list(*flags), environment, f"{log}.{rank}"))
         process.start()
         forked.append(process)

@@ -26,6 +26,14 @@ def main():
             open(f"{__file__}.{ranks.rank}.ready", "w").close()
             if sys.argv[2] == "no_collectives":  # as where a GPU waits, and python only for the GPU
                 time.sleep(1000)
+            if sys.argv[2].startswith("gpu_"):  # a collective is put in a queue, and its result is waited for outside torch.distributed
+                if ranks.rank == 1 and sys.argv[2] == "gpu_out_of_memory":
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                if ranks.rank == 1 and sys.argv[2] == "gpu_exit":
+                    sys.exit(3)
+                if ranks.rank != 1:
+                    work = dist.all_reduce(torch.ones(1000), async_op=True)
+                time.sleep(1000)
             if ranks.rank == 1 and sys.argv[2] == "hang":
                 time.sleep(1000)
             if ranks.rank == 1 and sys.argv[2] == "bug":
@@ -154,6 +162,31 @@ def test_without_a_failing_collective(worker, tmp_path, rank):
     assert 6 < took < 17
 
 
+@pytest.mark.parametrize(
+    ("mishap", "timeout", "limit", "expected"),
+    [
+        ("gpu_out_of_memory", 1800, 20, "stopped: OutOfMemoryError: CUDA out of memory (see its own output)"),
+        pytest.param("gpu_exit", 1800, 20, "stopped: it left by sys.exit (see its own output)", marks=pytest.mark.slow),
+        pytest.param(
+            "gpu_hang",
+            20,
+            30,
+            f"keeps the others waiting: it is at {{worker}}:{WORKER[: WORKER.index('async_op')].count(chr(10)) + 2}, in main",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_while_the_others_wait_for_a_gpu(worker, tmp_path, mishap, timeout, limit, expected):
+    """They are in a call that never ends and never touches torch.distributed; no launcher watches."""
+    forked = start_forked(worker, timeout, mishap, processes=4, log=tmp_path / "log")
+    wait_for(ready(worker, 4))
+    said, took = outcome(forked, tmp_path / "log", [], limit)
+    assert errors(said[0])[0] == f"error: rank 1 on {os.uname().nodename} {expected.format(worker=worker)}"
+    assert not errors(said[2]) and not errors(said[3])
+    if mishap == "gpu_hang":
+        assert took > timeout / 2, "ended while it might have come"
+
+
 def test_end_is_quiet(worker, tmp_path):
     """Processes that end one after the other, the one that holds the store first, say nothing."""
     forked = start_forked(worker, 60, "end", processes=3, log=tmp_path / "log")
@@ -181,6 +214,65 @@ def test_training(run_flags, tmp_path, rank):
     forked[rank].kill()
     said, _ = outcome(forked, log, [rank], 20)
     assert errors(said[1 - rank])[0].startswith(f"error: rank {rank} o"), said
+
+
+# training.py MOMENT RANK flags: once training is on its way, RANK hangs before a backward pass or in a rollout. Collectives on
+# tensors are those of a GPU: put in a queue, and waited for without a call that waits in torch.distributed. Objects travel by gloo as ever.
+HANGING_TRAINING = """
+import sys, time
+import torch.distributed as dist
+import train_grpo_flux
+from fastvideo import distributed, zero
+
+moment, culprit = sys.argv.pop(1), int(sys.argv.pop(1))
+calls = 0
+
+def wait_for_gpu(collective):
+    def queued(*args, async_op=False, **kwargs):
+        work = collective(*args, async_op=True, **kwargs)
+        if async_op or work is None:  # what DeepSpeed waits for later; no member of the group
+            return work
+        while not work.is_completed() or work.exception():  # a kernel does not learn of gloo's timeout
+            time.sleep(0.001)
+    return queued
+
+def hang_in(function):
+    def hanging(*args, **kwargs):
+        global calls
+        calls += 1
+        if calls >= CALLS[moment] and distributed.launch_rank() == culprit:
+            open(f"{__file__}.ready", "w").close()
+            time.sleep(1000)  # here
+        return function(*args, **kwargs)
+    return hanging
+
+CALLS = {"backward": 4, "rollout": 2}
+for name in ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "broadcast", "reduce", "all_to_all_single"):
+    setattr(dist, name, wait_for_gpu(getattr(dist, name)))
+if moment == "backward":
+    zero.backward_and_step = hang_in(zero.backward_and_step)
+else:
+    train_grpo_flux.rollout = hang_in(train_grpo_flux.rollout)
+distributed.run(train_grpo_flux.main)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("moment", "rank", "flags"),
+    [("backward", 2, {"--zero_stage": 2}), ("rollout", 1, {"--sp_size": 2}), ("rollout", 3, {})],
+)
+def test_training_hangs(run_flags, tmp_path, moment, rank, flags):
+    """All processes end within 1.5 timeouts, and the one that hangs is named with the place where it is."""
+    script, timeout = tmp_path / "training.py", 30
+    script.write_text(HANGING_TRAINING)
+    training = run_flags(tmp_path / "run", {"--timeout_minutes": timeout / 60, "--prompts_per_iteration": 4, "--sample_every": 0}, flags)
+    forked = start_forked(script, moment, rank, *training, processes=4, log=tmp_path / "log")
+    wait_for(Path(f"{script}.ready").exists)
+    said, _ = outcome(forked, tmp_path / "log", [], 1.5 * timeout)
+    here = HANGING_TRAINING[: HANGING_TRAINING.index("# here")].count("\n") + 1
+    place = f"keeps the others waiting: it is at {script}:{here}, in hanging"
+    assert errors(said[0])[0] == f"error: rank {rank} on {os.uname().nodename} {place}", said
 
 
 @pytest.mark.slow

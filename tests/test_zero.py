@@ -47,6 +47,8 @@ def test_one_step_is_that_of_one_process(measured, name):
     assert step["weights_error"] < (2e-2 if bf16 else 1e-5)
     assert step["change_error"] < (2e-2 if bf16 else 1e-5)
     assert step["same_everywhere"]
+    assert len(step["timeouts"]) >= 3, "the groups of all, of sequence parallelism, of DeepSpeed"
+    assert set(step["timeouts"].values()) == {90.0}
     if "stage 3" in name:
         assert step["gathers"] > 3 * step["parameters"], "stage 3 kept parameters"
 

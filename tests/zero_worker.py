@@ -186,7 +186,14 @@ def one_step(ranks: Ranks, family: str, stage: int, lora=False, gradient_checkpo
         "change_error": total_norm(difference) / total_norm(change),
         "change": total_norm(change) / total_norm(before),
         "same_everywhere": same_everywhere(after),
+        "timeouts": timeouts(),
     }
+
+
+def timeouts() -> dict[str, float]:
+    """Seconds after which a collective fails, by the name of the group: of all that this process is in, DeepSpeed's among them."""
+    groups = dist.distributed_c10d._world.pg_names
+    return {name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group, name in groups.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------------- gathered
@@ -313,7 +320,7 @@ def cases(ranks: Ranks) -> dict[str, Callable[[], dict]]:
 
 
 def main() -> None:
-    ranks = distributed.init(2, timeout_minutes=1)
+    ranks = distributed.init(2, timeout_minutes=1.5)
     gc.freeze()  # the imports' objects: each engine of stage 3 collects garbage
     gather = dist.all_gather_into_tensor
 
