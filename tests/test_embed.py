@@ -231,13 +231,14 @@ def test_wrong_flags(image_file, tmp_path, capsys, family, flags, message):
 
 @pytest.mark.parametrize("family", ["flux", "sd", "hunyuan", "skyreels", "wan"])
 def test_launcher_passes_its_flags_on(tmp_path, family):
-    """From another folder, with a torchrun that only shows its arguments and a setup that installs nothing."""
+    """From another folder, with a torchrun and a python that only show their arguments, and a setup that installs nothing."""
     repository = tmp_path / "repository"
     (repository / "scripts").mkdir(parents=True)
     launcher = shutil.copy(REPOSITORY / "scripts" / f"preprocess_{family}.sh", repository / "scripts")
-    (repository / "scripts" / "setup.sh").write_text(f'set -euo pipefail\nrepository="{repository}"\n')
-    (tmp_path / "torchrun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-    (tmp_path / "torchrun").chmod(0o755)
+    (repository / "scripts" / "setup.sh").write_text(f'set -euo pipefail\nrepository="{repository}"\nrendezvous=(--standalone)\n')
+    for program in ("torchrun", "python"):
+        (tmp_path / program).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+        (tmp_path / program).chmod(0o755)
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "model dir", "PROMPTS": "p.txt"}
     command = ["bash", launcher, "--batch_size", "8"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -245,6 +246,7 @@ def test_launcher_passes_its_flags_on(tmp_path, family):
     assert "set OUTPUT_DIR" in result.stderr
     environment["OUTPUT_DIR"] = "cache"
     arguments = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert arguments[:6] == [f"{repository}/preprocess/check_model.py", "model dir", "--family", family, "--use", "embedding"]
     assert f"{repository}/preprocess/embed_{family}.py" in arguments
-    assert "model dir" in arguments
+    assert "model dir" in arguments[6:]
     assert arguments[-2:] == ["--batch_size", "8"]
