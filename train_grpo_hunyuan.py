@@ -9,7 +9,6 @@ Equation numbers are the paper's. Letters for shapes: B samples in a batch, P pr
 T sampling steps, K trained steps of a sample, C channels, F frames, L text tokens.
 """
 
-import copy
 import dataclasses
 import math
 from contextlib import nullcontext
@@ -31,8 +30,9 @@ from fastvideo.fingerprint import check_encoder
 from fastvideo.flags import check_numbers, check_size
 from fastvideo.model_folder import check_model
 from fastvideo.models.hunyuan import parallelize
-from fastvideo.pretrained import add_lora, initial_weights, load_pretrained
+from fastvideo.pretrained import add_lora, load_network, load_pretrained
 from fastvideo.prompts import draw_prompts
+from fastvideo.reference import InitialWeights
 from fastvideo.rewards import check_rewards, load_rewards, parse_rewards, score
 from fastvideo.rewards.preflight import preflight
 from fastvideo.rewards.statistics import group_statistics
@@ -122,6 +122,8 @@ class Args:
     """Neighbouring processes that compute each sample together, sharing its tokens (sequence parallelism)."""
     gather_for_rollout: bool = True
     """At --zero_stage 3, gather the weights once for all of an iteration's sampling, not layer by layer in every step, if they fit."""
+    reduce_dtype: Literal["auto", "float32"] = "auto"
+    """What gradients are averaged over the processes in (auto: --dtype)."""
     offload: bool = False
     """Keep the optimiser (and the reference of --kl_weight) in CPU memory."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -235,13 +237,11 @@ def sde_step(
 
 def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[HunyuanVideoTransformer3DModel, AutoencoderKLHunyuanVideo]:
     """The policy, on the CPU and ready for the engine, and the frozen decoder on its device."""
-    transformer = load_pretrained(HunyuanVideoTransformer3DModel, args.model, "transformer", torch_dtype=dtype)
+    transformer = load_network(HunyuanVideoTransformer3DModel, args.model, "transformer", dtype, ranks)
     vae = load_pretrained(AutoencoderKLHunyuanVideo, args.model, "vae", torch_dtype=dtype).to(ranks.device).eval().requires_grad_(False)
     scale = vae.config.spatial_compression_ratio * transformer.config.patch_size  # pixels to a token: 16 for HunyuanVideo
     check_size(vars(args), pixels=scale, frames=vae.config.temporal_compression_ratio)
-    if args.vae_tiling:
-        vae.enable_tiling()
-        vae.enable_slicing()
+    vae.use_tiling = vae.use_slicing = args.vae_tiling
     parallelize(transformer, ranks)
     set_attention(transformer, args.attention, ranks.device, padded_text=True)
     add_lora(transformer, args.lora_rank, args.seed)
@@ -405,14 +405,10 @@ def score_transitions(
 
 
 # Copied from train_grpo_flux.py
-def reference_kl(
-    reference: torch.nn.Module, transitions: dict, cond: dict, schedule: torch.Tensor, u_hat: torch.Tensor, noise_level: float
-) -> torch.Tensor:
-    """KL between two policies' Gaussians of the transitions, |mean - mean_ref|^2 / (2 std^2), mean over elements and batch."""
+def reference_kl(transitions: dict, schedule: torch.Tensor, u_hat: torch.Tensor, noise_level: float) -> torch.Tensor:
+    """KL to the initial policy, whose prediction is transitions["u_ref"], |mean - mean_ref|^2 / (2 std^2), mean over elements and batch."""
     z_t, t, s = transitions["z_t"], schedule[transitions["step"]], schedule[transitions["step"] + 1]
-    with torch.no_grad():
-        u_ref = predict(reference, z_t, t, cond)
-    mean, mean_ref = (sde_step(z_t, u, t, s, noise_level, noise=torch.zeros_like(z_t))[0] for u in (u_hat, u_ref))
+    mean, mean_ref = (sde_step(z_t, u, t, s, noise_level, noise=torch.zeros_like(z_t))[0] for u in (u_hat, transitions["u_ref"]))
     return ((mean - mean_ref).square().flatten(1).mean(1) / (2 * noise_level**2 * (t - s))).mean()
 
 
@@ -440,8 +436,7 @@ def main() -> None:
     P, G, N = args.prompts_per_iteration, args.num_generations, args.updates_per_iteration
     if P % ranks.dp_size:
         raise UserError(f"--prompts_per_iteration {P} does not divide among {ranks.layout}")
-    device = ranks.device
-    dtype = distributed.compute_dtype(args.dtype, device)
+    device, dtype = ranks.device, distributed.compute_dtype(args.dtype, ranks.device)
     zero.check_stage(args.zero_stage, args.offload, dtype)
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(args).items()}
     cache = EmbeddingCache(args.embeddings, {"family": FAMILY}, ranks)
@@ -454,7 +449,7 @@ def main() -> None:
     weights = dict(zip(rewards, args.reward_weights))  # of those that are trained on
     transformer, vae = load_models(args, dtype, ranks)
     distributed.together(lambda: load_cond(cache, [0], transformer, vae, args))  # a cache that does not fit is refused now
-    reference = copy.deepcopy(transformer).requires_grad_(False) if args.kl_weight and not args.lora_rank else None
+    reference = InitialWeights(transformer) if args.kl_weight else None
     local_prompts = P // ranks.dp_size
     steps_trained = select_timesteps([torch.Generator()], len(args.stochastic_steps), args.timestep_fraction).shape[1]
     pairs_per_update = local_prompts * (args.kept_generations // N) * steps_trained
@@ -469,7 +464,10 @@ def main() -> None:
         max_grad_norm=args.max_grad_norm,
         micro_batch_size=args.micro_batch_size,
         accumulation_steps=math.ceil(pairs_per_update / args.micro_batch_size),
+        reduce_dtype=args.reduce_dtype,
     )
+    if reference:
+        reference.fill(engine, args.offload)
     ema = EMA(engine, args.ema_decay) if args.ema_decay else None
     schedule = time_schedule(args.sampling_steps, args.shift).to(device)
     noise_levels = [args.noise_level if step in args.stochastic_steps else 0.0 for step in range(args.sampling_steps)]
@@ -517,7 +515,7 @@ def main() -> None:
                         kept, x0_hat = rollout(engine, batch_cond, z_1.to(device), schedule, noise_levels, generators, trained_steps[batch])
                         trajectories.append(kept)
                         latents.append(x0_hat)
-                trajectory = {name: torch.cat([part[name] for part in trajectories]) for name in trajectories[0]}
+                trajectory = {name: torch.cat([part.pop(name) for part in trajectories]) for name in list(trajectories[0])}
                 x0_hat = torch.cat(latents)
 
                 # Line 6: their rewards. The processes of a sequence-parallel group have the same samples, and share decoding and scoring.
@@ -541,41 +539,44 @@ def main() -> None:
             group_rewards = {name: distributed.all_reduce_sum(values.to(device)).cpu().view(P, G) for name, values in scores.items()}
             advantages = group_advantages(group_rewards, weights).clamp(-args.advantage_clip, args.advantage_clip)
             own_advantages = advantages[first : first + local_prompts]
-            chosen = best_of_n(own_advantages, args.kept_generations) + G * torch.arange(local_prompts)[:, None]  # (local_prompts, kept)
-            own_advantages = own_advantages.flatten().to(device)
+            chosen = (best_of_n(own_advantages, args.kept_generations) + G * torch.arange(local_prompts)[:, None]).flatten()
+            own_advantages = own_advantages.flatten()[chosen].to(device)
+            trajectory = {name: trajectory.pop(name)[chosen.to(device)] for name in list(trajectory)}  # the others are not needed any more
 
             # Lines 11 to 13: gradient ascent. Update u takes samples u, u + N, u + 2 N, ... of every prompt, with all their trained steps.
             updates = []
             for u in range(N):
-                sample = chosen[:, u::N].flatten().to(device)
+                sample = torch.arange(len(chosen), device=device).view(local_prompts, -1)[:, u::N].flatten()
                 pairs = sample.repeat_interleave(steps_trained), torch.arange(steps_trained, device=device).repeat(len(sample))
                 updates.append(list(zip(*(indices.split(args.micro_batch_size) for indices in pairs), strict=True)))
 
             progress.set_description("updating")
             stats, norms = [], []
             with timer("update"):
-                if args.old_log_prob == "recompute":
-                    with torch.no_grad():
+                passes = [("old_log_prob", nullcontext(engine))] if args.old_log_prob == "recompute" else []
+                if reference:  # all of them now, so that it is on the GPU once an iteration
+                    trajectory["u_ref"] = torch.zeros_like(trajectory["z_t"])
+                    passes.append(("u_ref", reference.applied()))
+                for name, network in passes:
+                    with torch.no_grad(), network as scorer:
                         for pair in (pair for update in updates for pair in update):
-                            transitions, pair_cond = pick(trajectory, cond, *pair, G)
-                            log_prob, _ = score_transitions(engine, transitions, pair_cond, schedule, args.noise_level)
-                            trajectory["old_log_prob"][pair] = log_prob
+                            transitions, pair_cond = pick(trajectory, cond, *pair, args.kept_generations)
+                            log_prob, u_hat = score_transitions(scorer, transitions, pair_cond, schedule, args.noise_level)
+                            trajectory[name][pair] = log_prob if name == "old_log_prob" else u_hat
                 for u, update in enumerate(updates):
                     for sample, slot in update:
-                        transitions, pair_cond = pick(trajectory, cond, sample, slot, G)
-                        log_prob, prediction = score_transitions(engine, transitions, pair_cond, schedule, args.noise_level)
+                        transitions, pair_cond = pick(trajectory, cond, sample, slot, args.kept_generations)
+                        log_prob, u_hat = score_transitions(engine, transitions, pair_cond, schedule, args.noise_level)
                         loss, row = grpo_loss(log_prob, transitions["old_log_prob"], own_advantages[sample], args.clip_range)
                         row |= {"loss": loss.detach(), "update": u, "share": len(sample) / pairs_per_update}
-                        if args.kl_weight:
-                            with initial_weights(transformer, reference, device, args.offload) as initial:
-                                kl = reference_kl(initial, transitions, pair_cond, schedule, prediction, args.noise_level)
+                        if reference:
+                            kl = reference_kl(transitions, schedule, u_hat, args.noise_level)
                             row["kl"], loss = kl.detach(), loss + args.kl_weight * kl
                         norm = zero.backward_and_step(engine, loss * row["share"])
                         stats.append(row)
                     norms.append(norm)
                     if u == 0 and iteration == done + 1:
-                        deviations = distributed.all_gather_object(max(row["ratio_max_dev"].item() for row in stats))
-                        check_ratio(max(deviations), args.clip_range)
+                        check_ratio(max(distributed.all_gather_object(max(row["ratio_max_dev"].item() for row in stats))), args.clip_range)
                     if ema is not None:
                         ema.update()
 
@@ -586,8 +587,7 @@ def main() -> None:
         for name in ("loss", "ratio_mean", "approx_kl", "clip_frac", *(["kl"] if args.kl_weight else [])):
             metrics[f"policy/{name}"] = sum(row[name] * row["share"] for row in stats) / (N * ranks.world_size)
         metrics["policy/ratio_max_dev"] = max(row["ratio_max_dev"] for row in stats if row["update"] == 0)  # before any update: 0
-        metrics["policy/grad_norm"] = sum(norms) / len(norms)
-        metrics["policy/lr"] = engine.get_lr()[0]
+        metrics |= {"policy/grad_norm": sum(norms) / len(norms), "policy/lr": engine.get_lr()[0]}
         metrics |= tracking.costs(timer, P * G) | {"samples": iteration * P * G}
         tracker.log(iteration, metrics)
         collapse = guards.check(args.output_dir, iteration, args.clip_range)

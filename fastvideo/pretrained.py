@@ -13,7 +13,7 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
 
-from fastvideo.distributed import UserError, compute_dtype, first_line
+from fastvideo.distributed import Ranks, UserError, compute_dtype, first_line, on_main, together
 from fastvideo.tokenizers import load_tokenizers
 
 MOST = 4096  # layers, positions whose angles are computed ahead, or tokens that are made up
@@ -77,6 +77,29 @@ def load_pretrained(model_class: Any, folder: str | Path, subfolder: str, flag: 
     return model
 
 
+def load_network(model_class: type[ModelMixin], folder: str | Path, subfolder: str, dtype: torch.dtype, ranks: Ranks) -> ModelMixin:
+    """Collective. What `load_pretrained` gives, on the CPU of rank 0, which alone reads the files, each from its start to its end.
+
+    Other processes get the same network without contents, on the meta device: `zero.initialize` sends it to them.
+    """
+
+    def load() -> ModelMixin:
+        if ranks.is_main:
+            # Mapped into memory, as is the default, files come page by page: minutes on a network's file system.
+            return load_pretrained(model_class, folder, subfolder, torch_dtype=dtype, disable_mmap=True)
+        path = Path(folder) / subfolder
+        with reading(path, f"--model: {path} cannot be loaded as {model_class.__name__}"), torch.device("meta"):
+            return model_class.from_config(model_class.load_config(folder, subfolder=subfolder, local_files_only=True))
+
+    if ranks.world_size == 1:
+        return load()
+    model = together(load)
+    dtypes = on_main(lambda: [tensor.dtype for tensor in (*model.parameters(), *model.buffers())])  # diffusers keeps some in float32
+    for tensor, loaded in zip((*model.parameters(), *model.buffers()), dtypes, strict=True):
+        tensor.data = tensor.data.to(loaded)
+    return model
+
+
 def load_pipeline(
     folder: str | Path, dtype: str, device: torch.device, flag: str = "--model", *, of_any_kind: bool = False, **components: Any
 ) -> DiffusionPipeline:
@@ -106,19 +129,3 @@ def add_lora(model: ModelMixin, rank: int, seed: int) -> None:
     torch.manual_seed(seed % 2**63)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
-
-
-@contextmanager
-def initial_weights(model: ModelMixin, frozen_copy: ModelMixin | None, device: torch.device, offload: bool) -> Iterator[ModelMixin]:
-    """Gives the network with the weights it had before training: `frozen_copy`, or if that is None `model` with its LoRA adapter off.
-
-    The copy computes on `device`; with `offload` it is kept on the CPU between uses.
-    """
-    if frozen_copy is None:
-        model.disable_adapters()
-        yield model
-        model.enable_adapters()
-    else:
-        yield frozen_copy.to(device)
-        if offload:
-            frozen_copy.to("cpu")

@@ -4,6 +4,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -41,6 +42,7 @@ def initialize(
     max_grad_norm: float,
     micro_batch_size: int,
     accumulation_steps: int,
+    reduce_dtype: str = "auto",
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap `model` and an AdamW over its trainable parameters in a DeepSpeed engine.
 
@@ -50,15 +52,20 @@ def initialize(
     lr_multiplier: update index (from 0) -> factor of `learning_rate`.
     max_grad_norm: gradients are clipped to this global norm; 0 means not at all.
     accumulation_steps: micro-batches an update.
+    reduce_dtype: what gradients are sent and averaged in: "float32", or "auto", which is `dtype`.
 
-    Gradients are averaged over all processes. The process group must exist.
+    Collective: processes whose `model` is on the meta device get rank 0's weights. Gradients are averaged over all processes.
     """
+    _materialize(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer_class = DeepSpeedCPUAdam if offload else torch.optim.AdamW
+    on_gpu = torch.cuda.is_available()
+    # PyTorch's default on GPUs, foreach, needs room for one more copy of the shard.
+    optimizer_class = DeepSpeedCPUAdam if offload else partial(torch.optim.AdamW, fused=on_gpu)
     optimizer = optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)
-    zero = {"stage": stage}
+    # While the backward pass goes on, gradients are sent in buckets, of which two exist at a time.
+    zero = {"stage": stage, "overlap_comm": True, "reduce_bucket_size": 200_000_000}
     if offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": on_gpu}
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
@@ -66,12 +73,28 @@ def initialize(
         "zero_optimization": zero,
         "bf16": {"enabled": dtype == torch.bfloat16},
         "data_types": {"grad_accum_dtype": "fp32"},
+        "timers": {"throughput": {"enabled": False}},  # it would wait for the GPU in every forward pass
     }
+    if reduce_dtype == "float32":
+        config["communication_data_type"] = "fp32"
     if deepspeed.utils.groups._WORLD_GROUP is None:  # DeepSpeed's collectives are in a group of its own, which would have its own timeout
         deepspeed.utils.groups._WORLD_GROUP = new_group(range(torch.distributed.get_world_size()))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_multiplier)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, lr_scheduler=scheduler, config=config)
     return engine
+
+
+def _materialize(model: nn.Module) -> None:
+    """Collective. Give what is on the meta device memory: parameters on this process's device, for DeepSpeed, which sends rank 0's to all;
+    buffers, which it does not send, with rank 0's contents.
+    """
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = buffer = torch.empty_like(buffer, device="cpu") if buffer.is_meta else buffer
+                torch.distributed.broadcast(buffer, 0)
+    model._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
 
 def backward_and_step(engine: deepspeed.DeepSpeedEngine, loss: torch.Tensor) -> float | None:
