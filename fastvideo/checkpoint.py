@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from fastvideo import guards
 from fastvideo.distributed import Ranks, UserError, all_gather_object, on_main, together
 from fastvideo.ema import EMA
-from fastvideo.files import crc32, rename_folder, sync, whole_file, whole_folder, writing
+from fastvideo.files import rename_folder, whole_file, whole_folder, write_tensors, writing
 from fastvideo.integrity import checksum, latest, naming_the_last, verify, way_back
 from fastvideo.shards import Fragment, adam_shards, fragments, master_shards, parameter_shapes, refresh_weights, set_updates
 from fastvideo.zero import full_state_dict
@@ -56,9 +56,7 @@ def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: 
                     pieces[f"{kind}/{parameter}/{start}"] = shard.view(-1)[offset : offset + count]
         path = temporary / f"shard_{ranks.rank:05d}.safetensors"
         with writing(path):
-            save_file(pieces, path)
-            sync(path)
-            return path.name, {"size": path.stat().st_size, "crc32": crc32(path)}
+            return path.name, write_tensors(path, pieces)
 
     def finish(files: dict[str, dict[str, int]]) -> None:
         dtype = str(engine.module.dtype).removeprefix("torch.")

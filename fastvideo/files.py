@@ -1,12 +1,15 @@
 """Files and folders that appear whole or not at all: written under a temporary name, flushed to disk, then renamed."""
 
+import json
 import os
 import shutil
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
 from fastvideo.distributed import UserError
@@ -80,6 +83,29 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Write flat float32 tensors as a safetensors file and flush it to disk: {"size": bytes, "crc32": checksum}, found on the way.
+
+    One tensor at a time is on the CPU. safetensors' own function wants all of them there at once, and does not tell the checksum.
+    """
+    head, end = {}, 0
+    for name, tensor in tensors.items():
+        assert tensor.dtype == torch.float32 and tensor.ndim == 1
+        begin, end = end, end + tensor.nbytes
+        head[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(head).encode()
+    text += b" " * (-len(text) % 8)  # the numbers begin at a multiple of 8
+    pieces = chain([len(text).to_bytes(8, "little"), text], (tensor.detach().cpu().numpy().data for tensor in tensors.values()))
+    checksum = 0
+    with path.open("wb") as file:
+        for piece in pieces:
+            file.write(piece)
+            checksum = zlib.crc32(piece, checksum)
+        file.flush()
+        os.fsync(file.fileno())
+    return {"size": 8 + len(text) + end, "crc32": checksum}
 
 
 def crc32(path: Path) -> int:

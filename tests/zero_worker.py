@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel
@@ -91,7 +92,16 @@ def loss_of(network: Callable, family: str, dtype: torch.dtype, *key: int) -> to
     return (output.to(torch.promote_types(dtype, torch.float32)) - target).square().mean()
 
 
-def start(model: torch.nn.Module, family: str, ranks: Ranks, stage: int, dtype=torch.float32, offload=False, stage3="shard_all"):
+def start(
+    model: torch.nn.Module,
+    family: str,
+    ranks: Ranks,
+    stage: int,
+    dtype=torch.float32,
+    offload=False,
+    stage3="shard_all",
+    reduce_dtype="auto",
+):
     """The engine, but with SGD, for Adam would hide a wrong scale of the gradients."""
     {"flux": flux, "hunyuan": hunyuan}[family].parallelize(model, ranks)
     initialize = zero.deepspeed.initialize
@@ -117,6 +127,7 @@ def start(model: torch.nn.Module, family: str, ranks: Ranks, stage: int, dtype=t
             max_grad_norm=MAX_GRAD_NORM,
             micro_batch_size=2,
             accumulation_steps=len(SHARES),
+            reduce_dtype=reduce_dtype,
         )
 
 
@@ -160,7 +171,9 @@ def reference_step(model: torch.nn.Module, family: str, dp_size: int) -> tuple[d
     return after, norm
 
 
-def one_step(ranks: Ranks, family: str, stage: int, lora=False, gradient_checkpointing=False, bf16=False, offload=False) -> dict:
+def one_step(
+    ranks: Ranks, family: str, stage: int, lora=False, gradient_checkpointing=False, bf16=False, offload=False, reduce_dtype="auto"
+) -> dict:
     dtype = torch.bfloat16 if bf16 else torch.float32
     model = build(family, dtype, lora)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -168,7 +181,7 @@ def one_step(ranks: Ranks, family: str, stage: int, lora=False, gradient_checkpo
     expected, expected_norm = reference_step(copy.deepcopy(model) if bf16 else copy.deepcopy(model).double(), family, ranks.dp_size)
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    engine = start(model, family, ranks, stage, dtype, offload)
+    engine = start(model, family, ranks, stage, dtype, offload, reduce_dtype=reduce_dtype)
     gathers_before = gathers
     norm = train(engine, family, ranks, dtype)
     gathers_of_step = gathers - gathers_before
@@ -194,6 +207,21 @@ def timeouts() -> dict[str, float]:
     """Seconds after which a collective fails, by the name of the group: of all that this process is in, DeepSpeed's among them."""
     groups = dist.distributed_c10d._world.pg_names
     return {name: group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group, name in groups.items()}
+
+
+# -------------------------------------------------------------------------------------------------------------- waiting for the GPU
+
+
+def waits(ranks: Ranks, stage: int) -> dict:
+    """How often DeepSpeed has waited for all that the device has to do, in the forward passes of a rollout, once it is in its stride."""
+    engine = start(build("flux"), "flux", ranks, stage)
+    for update in range(3):
+        train(engine, "flux", ranks, update=update)
+    accelerator = deepspeed.accelerator.get_accelerator()
+    with mock.patch.object(accelerator, "synchronize", wraps=accelerator.synchronize) as synchronize, zero.gathered(engine):
+        entering = synchronize.call_count
+        rollout(engine, 5)
+        return {"in_rollout": synchronize.call_count - entering, "reaches_deepspeed": accelerator.synchronize is synchronize}
 
 
 # -------------------------------------------------------------------------------------------------------------------- gathered
@@ -313,6 +341,9 @@ def cases(ranks: Ranks) -> dict[str, Callable[[], dict]]:
         table[f"hunyuan stage {stage}"] = partial(one_step, ranks, "hunyuan", stage)
         for option in ("lora", "gradient_checkpointing", "bf16", "offload"):
             table[f"{option} stage {stage}"] = partial(one_step, ranks, "flux", stage, **{option: True})
+        apart = Ranks(ranks.rank, ranks.world_size, ranks.device)  # parts of a gradient, which sp_size makes, are rounded each for itself
+        table[f"bf16 reduced in float32 stage {stage}"] = partial(one_step, apart, "flux", stage, bf16=True, reduce_dtype="float32")
+        table[f"waits stage {stage}"] = partial(waits, ranks, stage)
     for stage3 in STAGE_3:
         for function in (gathered, interrupted, averaged):
             table[f"{function.__name__} {stage3}"] = partial(function, ranks, stage3)
