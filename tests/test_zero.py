@@ -61,8 +61,8 @@ def test_one_step_is_that_of_one_process(measured, name):
 
 @listed(REDUCED, SLOW_REDUCED)
 def test_gradients_in_bfloat16_may_be_averaged_in_float32(measured, name):
-    """Then the sum over processes and micro-batches is that in float32, where bfloat16 is off by up to 2e-3."""
-    assert measured(name)["norm"] == pytest.approx(measured(name)["expected_norm"], rel=1e-5)
+    """Then the sum over processes and micro-batches is that in float32; in bfloat16 an element of the step is off by more than 1e-3."""
+    assert measured(name)["step_error"] < 1e-5
 
 
 @listed(WAITS, SLOW_WAITS)

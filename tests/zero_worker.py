@@ -25,6 +25,7 @@ from fastvideo.distributed import Ranks
 from fastvideo.ema import EMA
 from fastvideo.models import flux, hunyuan
 from fastvideo.pretrained import add_lora
+from fastvideo.shards import fragments, master_shards
 
 SHARES = [0.5, 0.2, 0.3]  # of the update's loss: one for each micro-batch
 LEARNING_RATE, MAX_GRAD_NORM = 80.0, 0.05
@@ -154,8 +155,9 @@ def same_everywhere(tensors: dict[str, torch.Tensor]) -> bool:
 # ------------------------------------------------------------------------------------------------ one step, on one process and on all
 
 
-def reference_step(model: torch.nn.Module, family: str, dp_size: int) -> tuple[dict[str, torch.Tensor], float]:
-    """The step in plain PyTorch, on all samples, with no process but this one; returns the weights after it and the gradients' norm."""
+def reference_step(model: torch.nn.Module, family: str, dp_size: int) -> tuple[dict[str, torch.Tensor], float, dict[str, torch.Tensor]]:
+    """The step in plain PyTorch, on all samples, with no process but this one; returns the weights after it, the gradients' norm, and
+    the step itself, of each trainable weight, which bfloat16 has not rounded."""
     trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     wide = torch.promote_types(model.dtype, torch.float32)
     gradients = {name: torch.zeros_like(parameter, dtype=wide) for name, parameter in trainable.items()}
@@ -166,9 +168,21 @@ def reference_step(model: torch.nn.Module, family: str, dp_size: int) -> tuple[d
                 gradients[name] += gradient.to(wide) / dp_size
     norm = torch.nn.utils.get_total_norm(gradients.values()).item()
     after = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    for name, gradient in gradients.items():
-        after[name] = (after[name].to(wide) - LEARNING_RATE * MAX_GRAD_NORM / norm * gradient).to(model.dtype)
-    return after, norm
+    steps = {name: -LEARNING_RATE * MAX_GRAD_NORM / norm * gradient for name, gradient in gradients.items()}
+    for name, step in steps.items():
+        after[name] = (after[name].to(wide) + step).to(model.dtype)
+    return after, norm, steps
+
+
+def step_error(engine, before: dict[str, torch.Tensor], steps: dict[str, torch.Tensor]) -> float:
+    """Of the float32 weights that this process updates: the largest error of their step, over the largest step."""
+    errors = []
+    for shard, parts in zip(master_shards(engine), fragments(engine), strict=True):
+        for part in parts:
+            here = slice(part.start, part.start + part.count)
+            step = shard.view(-1)[part.offset : part.offset + part.count] - before[part.name].flatten()[here].float()
+            errors.append((step - steps[part.name].flatten()[here]).abs().max().item())
+    return max(errors) / max(step.abs().max().item() for step in steps.values())
 
 
 def one_step(
@@ -178,7 +192,7 @@ def one_step(
     model = build(family, dtype, lora)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     # bfloat16 is compared with bfloat16, and float32 with the truth.
-    expected, expected_norm = reference_step(copy.deepcopy(model) if bf16 else copy.deepcopy(model).double(), family, ranks.dp_size)
+    expected, expected_norm, steps = reference_step(copy.deepcopy(model) if bf16 else copy.deepcopy(model).double(), family, ranks.dp_size)
     if gradient_checkpointing:
         model.enable_gradient_checkpointing()
     engine = start(model, family, ranks, stage, dtype, offload, reduce_dtype=reduce_dtype)
@@ -198,6 +212,7 @@ def one_step(
         "weights_error": max(difference[name].abs().max() / expected[name].abs().max() for name in expected).item(),
         "change_error": total_norm(difference) / total_norm(change),
         "change": total_norm(change) / total_norm(before),
+        "step_error": max(distributed.all_gather_object(step_error(engine, before, steps))),
         "same_everywhere": same_everywhere(after),
         "timeouts": timeouts(),
     }
