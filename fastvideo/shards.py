@@ -69,9 +69,11 @@ def set_updates(engine: DeepSpeedEngine, updates: int) -> None:
     """Set Adam's step and the learning rate of a fresh engine to where they are after `updates` updates; Adam's averages start as zeros."""
     optimizer, scheduler = engine.basic_optimizer, engine.lr_scheduler
     on_cpu = isinstance(optimizer, DeepSpeedCPUAdam)
+    fused = optimizer.defaults.get("fused")  # CUDA's kernel wants the count of steps where the weights are, the others on the CPU
     for shard in _optimized(engine):
         averages = {average: torch.zeros_like(shard.data) for average in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[shard] = {"step": updates if on_cpu else torch.tensor(float(updates)), **averages}
+        step = updates if on_cpu else torch.tensor(float(updates), device=shard.device if fused else "cpu")
+        optimizer.state[shard] = {"step": step, **averages}
     engine.global_steps = scheduler.last_epoch = updates
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
         group["lr"] = base * factor(updates)
