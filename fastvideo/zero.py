@@ -8,7 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+from fastvideo import devices
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if devices.on_gpu() else "cpu")
 
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -58,7 +60,7 @@ def initialize(
     optimizer = optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)
     zero = {"stage": stage}
     if offload:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": devices.on_gpu()}
     config = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": accumulation_steps,
