@@ -8,8 +8,8 @@ from types import FrameType
 
 from fastvideo.distributed import UserError, all_gather_object, launch_rank
 
-# What would end a run unsaved: from SLURM at preemption and requeue, or as a warning (sbatch --signal); Ctrl-C, Ctrl-\, a closed terminal; a
-# limit of CPU time. Timers' are for who sets them; faults and SIGKILL cannot be caught; SIGPIPE and SIGXFSZ are errors in Python.
+# What would end a run unsaved: from SLURM at preemption and requeue, or as a warning (sbatch --signal); Ctrl-C, Ctrl-\, a closed terminal;
+# a limit of CPU time. Timers' are for who sets them; faults and SIGKILL cannot be caught; SIGPIPE and SIGXFSZ are errors in Python.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGXCPU)
 REPEATS = 3.0  # seconds in which Ctrl-C is the same one again: torchrun passes on what its processes have got from the terminal as well
 
