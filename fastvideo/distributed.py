@@ -9,11 +9,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from fastvideo import devices
+from fastvideo.process import end_with
 from fastvideo.watch import FINISHED, Watch, from_collective
 
 T = TypeVar("T")
@@ -83,16 +85,11 @@ def init(sp_size: int = 1, timeout_minutes: float = 30) -> Ranks:
 
     Works under torchrun and under plain python, where the group has one member. `timeout_minutes` bounds every collective; a process
     lost or hanging for that long ends the job, and is named (`fastvideo.watch`). Raises UserError if groups of `sp_size` do not fit the
-    number of processes.
+    number of processes, and for a missing GPU (`fastvideo.devices`).
     """
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     timeout = timedelta(minutes=timeout_minutes)
-    device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-    settings = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if on_gpu else {"backend": "gloo"}
-    settings["timeout"] = timeout
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it under plain python too
+    store, rank, world_size = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
         store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
         # torchrun keeps its store when it starts the processes again: what an earlier attempt left there is not ours
@@ -101,12 +98,18 @@ def init(sp_size: int = 1, timeout_minutes: float = 30) -> Ranks:
         if world_size > 1:
             global _watch
             _watch = Watch(store, rank, world_size, timeout)
-        dist.init_process_group(**settings, store=store, rank=rank, world_size=world_size)
     elif int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise UserError("srun started several processes that do not know of each other: start torchrun in one task a node")
-    else:
-        dist.init_process_group(**settings, store=dist.HashStore(), rank=0, world_size=1)
-    rank, world_size = dist.get_rank(), dist.get_world_size()
+    if fault := devices.fault(store, rank, world_size, timeout):
+        error = UserError(fault)
+        error.on_all_ranks = True
+        raise error
+    device = torch.device("cpu")
+    if devices.on_gpu():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", torch.cuda.current_device())
+    settings = {"backend": "cpu:gloo,cuda:nccl", "device_id": device} if device.type == "cuda" else {"backend": "gloo"}
+    dist.init_process_group(**settings, timeout=timeout, store=store, rank=rank, world_size=world_size)
     if world_size % sp_size:
         raise UserError(f"--sp_size {sp_size} does not divide the number of processes, {world_size}")
     if sp_size == 1:
@@ -125,13 +128,18 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name if name != "auto" else "bfloat16" if device.type == "cuda" else "float32")
 
 
-def run(main: Callable[[], None]) -> None:
-    """Call `main`; a `UserError` becomes one sentence on stderr, once, and its exit code. Other errors keep their traceback.
+def run(main: Callable[[], None]) -> NoReturn:
+    """Call `main` and end the process: with exit code 0, with 1 after an error's traceback, with a `UserError`'s code and its sentence.
 
     The environment variable FASTVIDEO_ERROR_FILE names a file that gets the sentence too, if its exit code is 2.
 
     A collective that fails because a process is lost becomes one sentence that names it, from the lowest rank left, and exit code 1.
     """
+    end_with(lambda: _call(main))
+
+
+def _call(main: Callable[[], None]) -> int:
+    """Call `main`; give the exit code. A `UserError` becomes one sentence on stderr, once."""
     try:
         main()
     except KeyboardInterrupt:
@@ -151,7 +159,7 @@ def run(main: Callable[[], None]) -> None:
             Path(file).write_text(f"{error}\n")  # for who starts it again: that would be in vain
         if launch_rank() == 0 or not error.on_all_ranks:
             print(f"error: {error}" if error.exit_code == 2 else error, file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except Exception as error:
         if _watch and from_collective(error):
             _watch.give_up(error)
@@ -162,6 +170,7 @@ def run(main: Callable[[], None]) -> None:
         _watch.stop()
     if dist.is_initialized():
         dist.destroy_process_group()
+    return 0
 
 
 def first_line(error: Exception) -> str:

@@ -1,5 +1,6 @@
 """A signal asks the run to stop: it saves what it has learned and ends, so that the same command goes on from there."""
 
+import contextlib
 import os
 import signal
 import time
@@ -7,8 +8,9 @@ from types import FrameType
 
 from fastvideo.distributed import UserError, all_gather_object, launch_rank
 
-# From SLURM: at preemption and requeue; as a warning (sbatch --signal); and from a terminal's Ctrl-C.
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+# What would end a run unsaved: from SLURM at preemption and requeue, or as a warning (sbatch --signal); Ctrl-C, Ctrl-\, a closed terminal;
+# a limit of CPU time. Timers' are for who sets them; faults and SIGKILL cannot be caught; SIGPIPE and SIGXFSZ are errors in Python.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGXCPU)
 REPEATS = 3.0  # seconds in which Ctrl-C is the same one again: torchrun passes on what its processes have got from the terminal as well
 
 
@@ -33,14 +35,16 @@ class StopSignals:
         self.received: int | None = None
         self.first = 0.0
         for number in SIGNALS:
-            signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which is nohup's
+                signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
             self.received, self.first = number, time.monotonic()
             if launch_rank() == 0:  # not by print, which the signal may have interrupted
                 name = signal.Signals(number).name
-                os.write(2, f"\n{name}: will save and stop as soon as the weights are those of a whole iteration\n".encode())
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    os.write(2, f"\n{name}: will save and stop as soon as the weights are those of a whole iteration\n".encode())
         elif number == signal.SIGINT and time.monotonic() - self.first > REPEATS:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fastvideo import devices
 from fastvideo.distributed import UserError, all_gather_object, on_main, warn
 from fastvideo.files import whole_file, writing
 from fastvideo.integrity import naming_the_last
@@ -137,7 +138,7 @@ class Timer:
 
 
 def _now() -> float:
-    if torch.cuda.is_available():
+    if devices.on_gpu():
         torch.cuda.synchronize()
     return time.perf_counter()
 
@@ -151,7 +152,7 @@ def costs(timer: Timer, num_samples: int) -> dict[str, float]:
 
 def peak_memory_gib() -> float:
     """Peak GPU memory of this process in GiB; without a GPU, its peak resident memory."""
-    if torch.cuda.is_available():
+    if devices.on_gpu():
         return torch.cuda.max_memory_allocated() / 2**30
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
     return kibibytes / 2**20

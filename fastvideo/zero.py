@@ -9,7 +9,9 @@ from functools import partial
 import torch
 from torch import nn
 
-os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+from fastvideo import devices
+
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if devices.on_gpu() else "cpu")
 
 import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -58,7 +60,7 @@ def initialize(
     """
     _materialize(model)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    on_gpu = torch.cuda.is_available()
+    on_gpu = devices.on_gpu()
     # PyTorch's default on GPUs, foreach, needs room for one more copy of the shard.
     optimizer_class = DeepSpeedCPUAdam if offload else partial(torch.optim.AdamW, fused=on_gpu)
     optimizer = optimizer_class(parameters, lr=learning_rate, weight_decay=weight_decay)
@@ -88,7 +90,7 @@ def _materialize(model: nn.Module) -> None:
     """Collective. Give what is on the meta device memory: parameters on this process's device, for DeepSpeed, which sends rank 0's to all;
     buffers, which it does not send, with rank 0's contents.
     """
-    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device("cuda", torch.cuda.current_device()) if devices.on_gpu() else torch.device("cpu")
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:

@@ -11,7 +11,7 @@ WORKER = """
 import json, sys
 from unittest import mock
 import torch, torch.distributed as dist
-from fastvideo import distributed, zero
+from fastvideo import devices, distributed, zero
 from fastvideo.distributed import all_gather_object
 
 def create_standin(store, rank, world_size, timeout):
@@ -34,7 +34,9 @@ def describe(group):
 def main():
     # In this order: importing DeepSpeed decided for the CPU.
     with (
+        mock.patch.object(devices, "CPU_ASKED", False),
         mock.patch.object(torch.cuda, "is_available", lambda: True),
+        mock.patch.object(torch.cuda, "device_count", lambda: 2),
         mock.patch.object(torch.cuda, "set_device", lambda index: settings.update(set_device=index)),
         mock.patch.object(torch.cuda, "current_device", lambda: settings["set_device"]),
         mock.patch.object(dist, "init_process_group", with_standin),

@@ -27,7 +27,7 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from fastvideo import distributed
+from fastvideo import devices, distributed
 from fastvideo.distributed import UserError
 from fastvideo.flags import check_numbers
 from fastvideo.rewards import load_rewards, parse_rewards
@@ -181,7 +181,9 @@ def main() -> None:
         listener.bind((args.host, args.port))
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {args.host} --port {args.port} can't be listened at: {error}") from error
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if fault := devices.own_fault():
+        raise UserError(fault)
+    device = torch.device("cuda" if devices.on_gpu() else "cpu")
     rewards = load_rewards(parse_rewards(args.rewards), device)
     preflight_alone(rewards, device)
     scorer = Scorer(rewards, device, args.max_batch, args.max_queue, args.max_queue_megabytes)
