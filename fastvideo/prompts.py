@@ -12,8 +12,7 @@ from fastvideo.distributed import UserError, keyed_generator
 
 # Control characters that a prompt may not have: in a text file all but tabs, in JSON all but tabs and line breaks.
 CONTROL = {".txt": re.compile(r"[\x00-\x08\n-\x1f\x7f-\x9f]"), ".jsonl": re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")}
-UTF_16 = "UTF-16 or UTF-32: save it as UTF-8"
-NOT_UTF_8 = {b"\xff\xfe": UTF_16, b"\xfe\xff": UTF_16, b"\x1f\x8b": "compressed: gunzip it"}  # by how the file begins
+NOT_UTF_8 = dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16 or UTF-32: save it as UTF-8") | {b"\x1f\x8b": "compressed: gunzip it"}
 
 
 def read_prompts(path: str | Path, identity: tuple[str, ...] = ("prompt",)) -> tuple[list[dict], dict[str, list[int]]]:
@@ -33,9 +32,8 @@ def read_prompts(path: str | Path, identity: tuple[str, ...] = ("prompt",)) -> t
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read prompt file {path}: {error.strerror}") from error
-    for start, kind in NOT_UTF_8.items():
-        if data.startswith(start):
-            raise UserError(f"prompt file {path} is {kind}")
+    if data[:2] in NOT_UTF_8:
+        raise UserError(f"prompt file {path} is {NOT_UTF_8[data[:2]]}")
     try:
         lines = data.decode().split("\n")  # splitlines() would also split at characters that prompts may hold
     except UnicodeDecodeError as error:
@@ -59,12 +57,11 @@ def read_prompts(path: str | Path, identity: tuple[str, ...] = ("prompt",)) -> t
         row["prompt"] = row["prompt"].strip()
         if control := CONTROL[path.suffix].search(row["prompt"]):
             raise UserError(f"line {number} of {path} has the control character U+{ord(control[0]):04X} in its prompt")
-        if all(unicodedata.category(character) in ("Zs", "Zl", "Zp", "Cf") for character in row["prompt"]):  # nothing to be seen
-            row["prompt"] = ""
         if "image" in row:
             row["image"] = _absolute_image(row["image"], path, number)
         key = tuple(row.get(name) for name in identity)
-        kind = "empty" if not row["prompt"] else "duplicates" if key in seen else "lines"
+        visible = any(unicodedata.category(character) not in ("Zs", "Zl", "Zp", "Cf") for character in row["prompt"])
+        kind = "empty" if not visible else "duplicates" if key in seen else "lines"
         report[kind].append(number)
         if kind == "lines":
             seen.add(key)

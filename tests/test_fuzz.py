@@ -282,6 +282,7 @@ def checkpoints(folder: Path):
         "model": "m",
         "embeddings": "c",
         "learning_rate": 1e-4,
+        "trackers": [],
     }
     (run / "manifest.json").write_text(json.dumps({"arguments": arguments, "embeddings_digest": "0", "sampling": {}, "history": []}))
     good_state, good_manifest = (newest / "state.json").read_bytes(), (run / "manifest.json").read_bytes()
