@@ -175,14 +175,14 @@ def _with_threshold(reward: Reward, threshold: float | None) -> Reward:
 def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> dict[str, torch.Tensor]:
     """Each reward's scores of a batch: name -> (B,) float32 on the CPU.
 
-    media: (B, 3, H, W) or (B, 3, frames, H, W) in [-1, 1]. rows: B prompt rows. Each reward gets copies, so it may change them.
+    media: (B, 3, H, W) or (B, 3, frames, H, W) in [-1, 1]. rows: B prompt rows. Rewards get copies, which they may change.
     Raises UserError where a reward raises, returns another shape than (B,) or anything not finite: nothing is replaced by a default.
     """
-    scores = {}
+    scores, given = {}, media.clone()
     for name, reward in rewards.items():
         try:
             with undisturbed(), torch.no_grad():
-                values = reward(media.clone(), [copy.deepcopy(row) for row in rows])
+                values = reward(given, [copy.deepcopy(row) for row in rows])
         except UserError as error:
             raise UserError(f"reward {name!r} failed: {error}") from error
         except Exception as error:
@@ -201,6 +201,8 @@ def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> 
             if not torch.isfinite(torch.tensor(value)):
                 raise UserError(f"reward {name!r} is {value} for a sample of the prompt {row['prompt']!r}")
         scores[name] = values
+        if not torch.equal(given, media):  # else it stays the same tensor, by which rewards of one model share a forward pass
+            given = media.clone()
     return scores
 
 
