@@ -89,20 +89,22 @@ def report_prompts(
 
 
 def check_images(rows: list[dict], lines: list[int], prompts: str, size: tuple[int, int] | None) -> list[dict]:
-    """The rows with the checksum of the file in "image" as "image_sha256", so that a changed picture is another row.
+    """The rows with the checksum of what `read_image` makes of "image" as "pixels_sha256": a picture that changed, or is read in another
+    way than by an earlier version, is another row.
 
     lines: the rows' lines in the file `prompts`. size: width and height in pixels, or None if any will do. Raises UserError, naming the
     line, for a picture that is missing, broken or of another size.
     """
 
     def checked(row: dict, line: int) -> dict:
-        width, height = read_image(row["image"], f"line {line} of {prompts}: ").size
-        if size is not None and (width, height) != size:
+        image = read_image(row["image"], f"line {line} of {prompts}: ")
+        width, height = image.size
+        if size is not None and image.size != size:
             raise UserError(
                 f"line {line} of {prompts}: image {row['image']} is {width} x {height} pixels, not {size[0]} x {size[1]} as --width and "
                 "--height say; --resize would stretch it to that"
             )
-        return row | {"image_sha256": hashlib.sha256(Path(row["image"]).read_bytes()).hexdigest()}
+        return row | {"pixels_sha256": hashlib.sha256(f"{width} x {height}".encode() + image.tobytes()).hexdigest()}
 
     with ThreadPoolExecutor() as pool:
         return list(tqdm(pool.map(checked, rows, lines), "checking images", len(rows), delay=2, leave=False))

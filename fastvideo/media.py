@@ -1,13 +1,14 @@
-"""Pictures and clips: tensors in [-1, 1] to PIL images, labelled grids, film strips, and mp4 files out and in."""
+"""Pictures and clips: tensors in [-1, 1] to PIL images, labelled grids, film strips and mp4 files."""
 
+from bisect import bisect_right
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from fastvideo.distributed import UserError
 from fastvideo.files import whole_file
 
 
@@ -53,37 +54,27 @@ def save_video(path: Path, clip: torch.Tensor, fps: float) -> None:
         temporary.write_bytes(imageio.imwrite("<bytes>", frames, extension=".mp4", plugin="FFMPEG", fps=fps, **encoder))
 
 
-def read_video(path: Path) -> torch.Tensor:
-    """All frames of a video file: (3, frames, H, W) float32 in [-1, 1]. Raises UserError for a missing file, and for one that is broken."""
-    if not path.is_file():
-        raise UserError(f"there is no video {path}")
-    import decord
-
-    try:
-        reader = decord.VideoReader(str(path), num_threads=1)
-        frames = reader.get_batch(range(len(reader))).asnumpy()
-    except Exception as error:  # RuntimeError or DECORDError, by where in the file the damage is
-        raise UserError(f"the video {path} cannot be read: {str(error).splitlines()[0]}") from error
-    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
-
-
 def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]], min_side: int = 128) -> None:
-    """Write a PNG with one row of pictures per entry of `rows`, each with its text from `labels` below it.
+    """Write a PNG with one row of pictures per entry of `rows`, each with its text from `labels` below it, as far as three lines hold it.
 
-    Pictures smaller than `min_side` pixels are enlarged by a whole factor, without smoothing.
+    The labels stand whole in a .txt beside it, a line each, row after row. Where no font has all characters of one, that line's number
+    is below the picture. Pictures smaller than `min_side` pixels are enlarged by a whole factor, without smoothing.
     """
     width, height = rows[0][0].size
     factor = max(1, -(-min_side // min(width, height)))
-    width, height, text_height = width * factor, height * factor, 28
+    width, height, text_height = width * factor, height * factor, 44
     columns = max(len(row) for row in rows)
     grid = Image.new("RGB", (columns * (width + 4), len(rows) * (height + text_height)), "white")
-    draw = ImageDraw.Draw(grid)
+    draw, lines = ImageDraw.Draw(grid), []
     for i, (row, row_labels) in enumerate(zip(rows, labels, strict=True)):
         for j, (image, label) in enumerate(zip(row, row_labels, strict=True)):
             x, y = j * (width + 4), i * (height + text_height)
             grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
-            for line, text in enumerate(_wrap(label, width // 6)[:2]):
-                draw.text((x + 2, y + height + 12 * line), text, fill="black")
+            lines.append(" ".join(label.split()))
+            text = lines[-1] if font_of(lines[-1]) else f"line {len(lines)} of {path.stem}.txt"
+            draw.text((x + 2, y + height), "\n".join(_wrap(text, font_of(text), width - 4)), fill="black", font=font_of(text), spacing=1)
+    with whole_file(path.with_suffix(".txt")) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     with whole_file(path) as temporary:
         grid.save(temporary, format="PNG")
 
@@ -91,26 +82,40 @@ def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]]
 def save_samples(path: Path, media: torch.Tensor, labels: list[str], fps: int = 8) -> Path:
     """Write a PNG of labelled samples at `path`, which is returned. media: pictures (B, 3, H, W), four a row, or clips (B, 3, F, H, W).
 
-    The labels stand whole, a line each in the pictures' order, in a .txt beside it: the grid has room for their beginning, and its font few
-    scripts. A clip is a row of its frames, and is written as an mp4 beside the PNG too: `NAME_0.mp4`, `NAME_1.mp4`, ...
+    A clip is a row of its frames, and is written as an mp4 beside the PNG too: `NAME_0.mp4`, `NAME_1.mp4`, ...
     """
     is_video, columns = media.ndim == 5, 1 if media.ndim == 5 else 4
     images = film_strip(media) if is_video else to_pil(media)
     starts = range(0, len(images), columns)
     save_grid(path, [images[i : i + columns] for i in starts], [labels[i : i + columns] for i in starts])
-    with whole_file(path.with_suffix(".txt")) as temporary:
-        temporary.write_text("".join(f"{' '.join(label.split())}\n" for label in labels), encoding="utf-8")
     for i, clip in enumerate(media if is_video else []):
         save_video(path.with_name(f"{path.stem}_{i}.mp4"), clip, fps)
     return path
 
 
-def _wrap(text: str, characters: int) -> list[str]:
-    """Break at spaces into lines of at most `characters`, where words allow."""
-    lines = [""]
-    for word in text.split(" "):
-        if lines[-1] and len(lines[-1]) + 1 + len(word) > characters:
-            lines.append(word)
-        else:
-            lines[-1] = f"{lines[-1]} {word}".strip()
-    return lines
+def font_of(text: str) -> ImageFont.FreeTypeFont | None:
+    """The first font that has each character of `text`: DejaVu Sans, which comes with matplotlib, or one of Noto Sans that is installed."""
+    from matplotlib import font_manager
+
+    fonts = sorted(font.fname for font in font_manager.fontManager.ttflist if font.name.startswith("Noto Sans") and font.weight == 400)
+    files = (file for file in (font_manager.findfont("DejaVu Sans"), *fonts) if _characters(file).issuperset(map(ord, text)))
+    return next((ImageFont.truetype(file, 11) for file in files), None)
+
+
+@cache
+def _characters(font: str) -> frozenset[int]:
+    from matplotlib.ft2font import FT2Font
+
+    return frozenset(FT2Font(font).get_charmap())
+
+
+def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """At most three lines of `width` pixels, broken at spaces where words allow; an ellipsis stands for what does not fit."""
+    lines = []
+    while font.getlength(text) > width and len(lines) < 3:
+        room = width - (font.getlength("…") if len(lines) == 2 else 0)
+        end = max(1, bisect_right(range(len(text)), room, key=lambda characters: font.getlength(text[:characters])) - 1)
+        end = max(text.rfind(" ", 0, end + 1), 0) or end
+        lines.append(text[:end])
+        text = text[end:].lstrip()
+    return [*lines, text] if len(lines) < 3 else [*lines[:2], f"{lines[2]}…"]

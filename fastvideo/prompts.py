@@ -2,11 +2,17 @@
 
 import json
 import os
+import re
+import unicodedata
 from pathlib import Path
 
 import torch
 
 from fastvideo.distributed import UserError, keyed_generator
+
+# Control characters that a prompt may not have: in a text file all but tabs, in JSON all but tabs and line breaks.
+CONTROL = {".txt": re.compile(r"[\x00-\x08\n-\x1f\x7f-\x9f]"), ".jsonl": re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")}
+NOT_UTF_8 = dict.fromkeys((b"\xff\xfe", b"\xfe\xff"), "UTF-16 or UTF-32: save it as UTF-8") | {b"\x1f\x8b": "compressed: gunzip it"}
 
 
 def read_prompts(path: str | Path, identity: tuple[str, ...] = ("prompt",)) -> tuple[list[dict], dict[str, list[int]]]:
@@ -16,35 +22,46 @@ def read_prompts(path: str | Path, identity: tuple[str, ...] = ("prompt",)) -> t
     `identity=("prompt", "image")`.
     Returns the rows and a report of line numbers, counted from 1: "lines" of the rows, "empty" prompts (skipped), "duplicates" (dropped),
     which have the same strings as an earlier row under every key of `identity`. Raises UserError for a file that is missing, not UTF-8 or
-    without prompts, and for a JSON line that is not an object with a string under each key of `identity`, or whose "image" is not a file.
+    without prompts, for a control character in a prompt other than a tab (in JSON also line breaks), and for a JSON line that is not an
+    object with a string under each key of `identity`, or whose "image" is not a file.
     """
     path = Path(path)
-    if path.suffix not in (".txt", ".jsonl"):
+    if path.suffix not in CONTROL:
         raise UserError(f"prompt file {path} must end in .txt or .jsonl")
     try:
-        lines = path.read_bytes().decode("utf-8-sig").split("\n")  # splitlines() would also split at characters that prompts may hold
+        data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read prompt file {path}: {error.strerror}") from error
+    if data[:2] in NOT_UTF_8:
+        raise UserError(f"prompt file {path} is {NOT_UTF_8[data[:2]]}")
+    try:
+        lines = data.decode().split("\n")  # splitlines() would also split at characters that prompts may hold
     except UnicodeDecodeError as error:
-        raise UserError(f"prompt file {path} is not UTF-8: byte {error.start} is {error.object[error.start]:#x}") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"prompt file {path} is not UTF-8: byte {error.start} is {data[error.start]:#x}, in line {line}") from error
 
     rows, seen, report = [], set(), {"lines": [], "empty": [], "duplicates": []}
     for number, line in enumerate(lines[:-1] if lines[-1] == "" else lines, start=1):
+        line = line.lstrip("\ufeff")  # Windows begins files with it, which may have been joined
         row = {"prompt": line}
         if path.suffix == ".jsonl" and line.strip():
             try:
                 row = json.loads(line)
-                json.dumps(row, ensure_ascii=False).encode()  # fails on half a character, such as a lone "\ud83d"
+                json.dumps(row, ensure_ascii=False, allow_nan=False).encode()  # fails on half a character, such as a lone "\ud83d"
             except (ValueError, RecursionError) as error:
-                raise UserError(f"line {number} of {path} is not valid JSON: {error}") from error
+                hint = ", and a list must become an object a line" if line.startswith("[") else ""
+                raise UserError(f"line {number} of {path} is not valid JSON{hint}: {error}") from error
             for key in identity:
                 if not isinstance(row, dict) or not isinstance(row.get(key), str):
                     raise UserError(f'line {number} of {path} must be an object with a string as "{key}", not {line.strip()[:60]}')
         row["prompt"] = row["prompt"].strip()
+        if control := CONTROL[path.suffix].search(row["prompt"]):
+            raise UserError(f"line {number} of {path} has the control character U+{ord(control[0]):04X} in its prompt")
         if "image" in row:
             row["image"] = _absolute_image(row["image"], path, number)
         key = tuple(row.get(name) for name in identity)
-        kind = "empty" if not row["prompt"] else "duplicates" if key in seen else "lines"
+        visible = any(unicodedata.category(character) not in ("Zs", "Zl", "Zp", "Cf") for character in row["prompt"])
+        kind = "empty" if not visible else "duplicates" if key in seen else "lines"
         report[kind].append(number)
         if kind == "lines":
             seen.add(key)

@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fastvideo import checkpoint
+from fastvideo import checkpoint, tracking
 from fastvideo.distributed import Ranks, UserError, on_main, warn
 from fastvideo.files import whole_file
 
@@ -58,6 +58,7 @@ def _enter(output_dir: Path, resume: str, arguments: dict[str, Any], embeddings_
             raise UserError(f"--output_dir {output_dir} has a finished run whose checkpoints are gone: choose another folder")
         elif (output_dir / "metrics.jsonl").exists():
             warn(f"the run in {output_dir} was ended before its first checkpoint: it begins anew")
+        tracking.check(output_dir, arguments["trackers"])
     except OSError as error:
         raise UserError(f"cannot use --output_dir {output_dir}: {error}") from error
     print(f"resuming from {newest}" if newest else f"a new run in {output_dir}")

@@ -6,12 +6,14 @@ import os
 import re
 import resource
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,6 +24,31 @@ from fastvideo.distributed import UserError, all_gather_object, on_main, warn
 from fastvideo.files import whole_file, writing
 from fastvideo.integrity import naming_the_last
 from fastvideo.media import save_samples
+
+
+def check(output_dir: Path, trackers: list[str]) -> None:
+    """Raise UserError, before models are loaded, for what could not be written in a run's folder, and for wandb without a key."""
+    for folder in (output_dir / name for name in ("checkpoints", "samples", *trackers) if (output_dir / name).exists()):
+        with writing(folder), tempfile.TemporaryFile(dir=folder):
+            pass
+    if (output_dir / "metrics.jsonl").exists():
+        read_metrics(output_dir)
+    if "wandb" in trackers:
+        with _wandb() as wandb:
+            wandb.login()
+
+
+@contextmanager
+def _wandb() -> Iterator[ModuleType]:
+    """The package, to be started inside."""
+    try:
+        import wandb
+
+        yield wandb
+    except ImportError as error:
+        raise UserError("--trackers wandb needs the package wandb: pip install wandb") from error
+    except Exception as error:  # wandb.errors has many, and does not say which
+        raise UserError(f"--trackers wandb cannot start: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 class Tracker:
@@ -50,17 +77,11 @@ class Tracker:
                 others = threading.excepthook
                 threading.excepthook = lambda hook: None if type(hook.thread).__name__ == "_AsyncWriterThread" else others(hook)
             if "wandb" in trackers:
-                try:
-                    import wandb
-                except ImportError as error:
-                    raise UserError("--trackers wandb needs the package wandb: pip install wandb") from error
                 # The same after a resume, and another for a folder of the same name elsewhere.
                 name = re.sub(r"[/\\#?%:]", "_", output_dir.name[:100])  # wandb takes none of these
                 run_id = f"{name}-{zlib.crc32(str(output_dir.resolve()).encode()):08x}"
-                try:
+                with _wandb() as wandb:
                     self.wandb = wandb.init(project="fastvideo", dir=output_dir, config=config, id=run_id, resume="allow")
-                except Exception as error:  # wandb.errors has many, and does not say which
-                    raise UserError(f"--trackers wandb cannot start: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
         on_main(start)
 

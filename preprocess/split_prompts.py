@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from fastvideo.distributed import UserError, run
 from fastvideo.files import whole_folder
+from fastvideo.prompts import CONTROL
 
 FIELDS = ("prompt", "cap", "caption")
 SCORES = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")  # VidProM's columns, each 0 to 1
@@ -112,7 +113,7 @@ def main() -> None:
             written = prompt + json.dumps(further, ensure_ascii=False)
             if not normalise(prompt):
                 reason = "empty"
-            elif "\ufffd" in prompt or any("\ud800" <= character <= "\udfff" for character in written):
+            elif "\ufffd" in prompt or CONTROL[".txt"].search(prompt) or any("\ud800" <= character <= "\udfff" for character in written):
                 reason = "broken"
             elif words < args.min_words:
                 reason = "too_short"

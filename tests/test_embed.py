@@ -3,6 +3,7 @@
 What all embedding scripts share is tested with FLUX's, in test_embed_flux.py.
 """
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -128,7 +129,8 @@ def test_hunyuan_cache_is_encode_prompt(prompt_file, tmp_path, capsys):
 
 
 @torch.no_grad()
-def test_skyreels_cache_has_the_posterior_mean_of_each_image(image_file, tmp_path, capsys):
+def test_skyreels_cache_has_the_posterior_mean_of_each_image(image_file, tmp_path, capsys, monkeypatch):
+    transparent = image_file.with_name("first.png").read_bytes()
     cache = embed("skyreels", image_file, tmp_path / "cache", *SIZE)
     assert "1 duplicates dropped: line 4\n" in capsys.readouterr().out
     assert [(row["prompt"], Path(row.get("image", "")).name) for row in cache.rows] == [
@@ -176,6 +178,19 @@ def test_skyreels_cache_has_the_posterior_mean_of_each_image(image_file, tmp_pat
         file.write("\n")
     with pytest.raises(UserError, match="cache was made with vae 'sha256:"):
         check_encoder(cache, model)
+
+    # A row remembers the pixels that were encoded: a file written anew with the same ones is the same row.
+    digest = hashlib.sha256(b"32 x 32" + np.asarray(images[0]).tobytes()).hexdigest()
+    assert cache.rows[0]["pixels_sha256"] == digest
+    images[0].save(image_file.with_name("first.png"), compress_level=0)
+    embed("skyreels", image_file, tmp_path / "cache", *SIZE)
+
+    # A cache made when pictures were read otherwise, here without regard for the transparency, is not gone on with.
+    with monkeypatch.context() as patch:
+        patch.setattr("fastvideo.encoders.to_rgb", lambda image: image.convert("RGB"))
+        image_file.with_name("first.png").write_bytes(transparent)
+        embed("skyreels", image_file, tmp_path / "old", *SIZE)
+    assert "holds other prompts than this run" in error_of(capsys, "skyreels", image_file, tmp_path / "old", *SIZE)
 
     # A picture that changed under its name is another row.
     images[0].save(image_file.with_name("second.png"))

@@ -93,7 +93,7 @@ def assert_equal_scores(results, expected):
 def test_layout_changes_nothing(evaluate, results_of_run, finished_run, processes, batch_size):
     results, folder = evaluate({"--checkpoint": finished_run / "export", "--batch_size": batch_size}, processes=processes)
     assert_equal_scores(results, results_of_run[0])
-    assert {path.name for path in folder.iterdir()} == {"results.json", "samples.png", "rewards.png"}
+    assert {path.name for path in folder.iterdir()} == {"results.json", "samples.png", "samples.txt", "rewards.png"}
 
 
 @pytest.mark.slow

@@ -46,7 +46,6 @@ from fastvideo import checkpoint, encoders, guards, integrity, pretrained, run_f
 from fastvideo.distributed import Ranks, UserError, init
 from fastvideo.embedding_cache import EmbeddingCache, write_cache
 from fastvideo.files import crc32
-from fastvideo.media import read_video, save_video
 from fastvideo.prompts import read_prompts
 from fastvideo.rewards import load_rewards, parse_rewards, score
 from fastvideo.shards import Fragment
@@ -206,17 +205,6 @@ def made_images(folder: Path):
     return contents(folder, "settings.json", "images/*.png"), read
 
 
-@target(quick=5, slow=200)
-def videos(folder: Path):
-    save_video(folder / "x.mp4", torch.linspace(-1, 1, 3 * 4 * 32 * 32).view(3, 4, 32, 32), fps=4)
-
-    def read(change):
-        with replaced(folder, change):
-            assert read_video(folder / "x.mp4").shape[0] == 3
-
-    return contents(folder, "x.mp4"), read
-
-
 # ---------------------------------------------------------------------------------------------------------- embedding caches
 
 
@@ -282,6 +270,7 @@ def checkpoints(folder: Path):
         "model": "m",
         "embeddings": "c",
         "learning_rate": 1e-4,
+        "trackers": [],
     }
     (run / "manifest.json").write_text(json.dumps({"arguments": arguments, "embeddings_digest": "0", "sampling": {}, "history": []}))
     good_state, good_manifest = (newest / "state.json").read_bytes(), (run / "manifest.json").read_bytes()

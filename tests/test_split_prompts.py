@@ -132,9 +132,10 @@ def test_what_is_dropped_and_why(split, write):
     assert report["arguments"]["max_toxicity"] == 0.5
 
 
-def test_half_a_character_is_broken(split, write):
+def test_half_a_character_and_control_characters_are_broken(split, write):
     _, _, report = split(write("captions.json", [{"cap": prompt} for prompt in [*PROMPTS, "a fox with \ud83d half an emoji", None]]))
     assert counts(report) == {"broken": 1, "empty": 1}
+    assert counts(split(write("controls.json", [*PROMPTS, "a fox\x00 in a red coat", "a\x1b[1m fox in a coat"]))[2]) == {"broken": 2}
     rows = [{"prompt": prompt, "note": "\ud83d" if i == 0 else ""} for i, prompt in enumerate(PROMPTS)]  # in what is kept beside it too
     path = write("rows.jsonl", [])
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -105,7 +105,7 @@ def _unpack_mp4(body: bytes, most_bytes: float) -> torch.Tensor:
         except Exception as error:  # OSError, StopIteration, ...
             if error is too_large or "max pixel count" in str(error):  # what ffmpeg says of -max_pixels
                 raise too_large from None
-            raise ValueError(f"the body is no mp4 file: {type(error).__name__}") from error
+            raise ValueError(f"the body is no mp4 file with frames that can be read: {type(error).__name__}") from error
         finally:
             reader.close()
     if not frames:
