@@ -293,7 +293,7 @@ def test_disk_too_small_for_another_checkpoint(train, finished_run, disk):
     mount("-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "tmpfs", disk)
     result = train(disk / "run", {"--iterations": 6}, check=False)
     assert result.returncode == 2
-    assert the_sentence(result.stderr).endswith("No space left on device (os error 28); the last whole checkpoint is iteration_000004")
+    assert the_sentence(result.stderr).endswith("No space left on device; the last whole checkpoint is iteration_000004")
     mount("-o", f"remount,size={10 * size}", disk)
     train(disk / "run", {"--iterations": 6})
     assert_same_run(disk / "run", finished_run)
