@@ -89,8 +89,7 @@ def report_prompts(
 
 
 def check_images(rows: list[dict], lines: list[int], prompts: str, size: tuple[int, int] | None) -> list[dict]:
-    """The rows with the checksum of what `read_image` makes of "image" as "pixels_sha256": a picture that changed, or is read in another
-    way than by an earlier version, is another row.
+    """The rows with the checksum of what `read_image` makes of "image" as "pixels_sha256": with other pixels it is another row.
 
     lines: the rows' lines in the file `prompts`. size: width and height in pixels, or None if any will do. Raises UserError, naming the
     line, for a picture that is missing, broken or of another size.
