@@ -1,4 +1,4 @@
-"""Pictures and clips: tensors in [-1, 1] to PIL images, labelled grids, film strips and mp4 files."""
+"""Pictures and clips: tensors in [-1, 1] to PIL images, labelled grids, film strips, and mp4 files out and in."""
 
 from bisect import bisect_right
 from functools import cache
@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from fastvideo.distributed import UserError
 from fastvideo.files import whole_file
 
 
@@ -52,6 +53,20 @@ def save_video(path: Path, clip: torch.Tensor, fps: float) -> None:
     encoder = {"codec": "libx264", "quality": None, "macro_block_size": 1, "output_params": ["-crf", "12"]}  # hardly any visible loss
     with whole_file(path) as temporary:
         temporary.write_bytes(imageio.imwrite("<bytes>", frames, extension=".mp4", plugin="FFMPEG", fps=fps, **encoder))
+
+
+def read_video(path: Path) -> torch.Tensor:
+    """All frames of a video file: (3, frames, H, W) float32 in [-1, 1]. Raises UserError for a missing file, and for one that is broken."""
+    if not path.is_file():
+        raise UserError(f"there is no video {path}")
+    import decord
+
+    try:
+        reader = decord.VideoReader(str(path), num_threads=1)
+        frames = reader.get_batch(range(len(reader))).asnumpy()
+    except Exception as error:  # RuntimeError or DECORDError, by where in the file the damage is
+        raise UserError(f"the video {path} cannot be read: {str(error).splitlines()[0]}") from error
+    return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
 def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]], min_side: int = 128) -> None:

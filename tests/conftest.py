@@ -152,13 +152,6 @@ def run_script(script: Path, *flags: object, processes: int = 1, log: Path, time
     return subprocess.CompletedProcess([str(script), *flag_list(*flags)], returncode, stdout, stderr)
 
 
-def read_video(path: Path):
-    """The frames of an mp4 as the reward server reads them: (3, frames, H, W) in [-1, 1]. ValueError for a file that is broken."""
-    from fastvideo.rewards import wire  # not above: torch comes with it
-
-    return wire.to_float(wire.unpack(path.read_bytes(), wire.MP4, "a cat", 1e9)[0])[0]
-
-
 # ------------------------------------------------------------------------------------------------------------------- fixtures
 
 

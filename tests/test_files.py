@@ -10,13 +10,11 @@ from pathlib import Path
 import imageio_ffmpeg
 import numpy as np
 import pytest
-import torch
 from conftest import REPOSITORY
 from PIL import Image
 
 from fastvideo.distributed import UserError
 from fastvideo.encoders import read_image
-from fastvideo.media import save_video
 from fastvideo.prompts import read_prompts
 from fastvideo.rewards.wire import unpack
 
@@ -242,19 +240,3 @@ def test_clips(tmp_path, name):
     first, last = (media[0, :, :, :, :8], media[0, :, :, :, -8:]) if "turned" not in name else (media[0, :, :, -8:], media[0, :, :, :8])
     for part, colour in ((first, RED), (last, BLUE)):
         assert np.abs(part.float().mean((1, 2, 3)).numpy() - colour).max() < 6
-
-
-def test_damaged_clips_are_read_or_refused(tmp_path):
-    """Bytes changed at random, where the file says what it holds as well as in its frames."""
-    save_video(tmp_path / "x.mp4", torch.linspace(-1, 1, 3 * 4 * 32 * 32).view(3, 4, 32, 32), fps=4)
-    good, rng, refused = np.frombuffer((tmp_path / "x.mp4").read_bytes(), np.uint8), np.random.default_rng(0), 0
-    for _ in range(20):
-        body = good.copy()
-        body[rng.integers(0, len(body), 12)] ^= rng.integers(1, 256, 12, np.uint8)
-        try:
-            media, _ = unpack(body.tobytes(), "video/mp4", "a cat", 1e6)
-            assert media.ndim == 5 and media.nbytes <= 1e6
-        except ValueError as error:
-            refused += 1
-            assert "\n" not in str(error)
-    assert 0 < refused < 20

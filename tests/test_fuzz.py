@@ -46,6 +46,7 @@ from fastvideo import checkpoint, encoders, guards, integrity, pretrained, run_f
 from fastvideo.distributed import Ranks, UserError, init
 from fastvideo.embedding_cache import EmbeddingCache, write_cache
 from fastvideo.files import crc32
+from fastvideo.media import read_video, save_video
 from fastvideo.prompts import read_prompts
 from fastvideo.rewards import load_rewards, parse_rewards, score
 from fastvideo.shards import Fragment
@@ -203,6 +204,17 @@ def made_images(folder: Path):
                 raise UserError("it is made again")
 
     return contents(folder, "settings.json", "images/*.png"), read
+
+
+@target(quick=5, slow=200)
+def videos(folder: Path):
+    save_video(folder / "x.mp4", torch.linspace(-1, 1, 3 * 4 * 32 * 32).view(3, 4, 32, 32), fps=4)
+
+    def read(change):
+        with replaced(folder, change):
+            assert read_video(folder / "x.mp4").shape[0] == 3
+
+    return contents(folder, "x.mp4"), read
 
 
 # ---------------------------------------------------------------------------------------------------------- embedding caches

@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import read_video
 from matplotlib import font_manager
 from PIL import Image, ImageFont
 
 from fastvideo import media
-from fastvideo.media import film_strip, save_samples, save_video
+from fastvideo.distributed import UserError
+from fastvideo.media import film_strip, read_video, save_samples, save_video
 from shapes.video import VIDEO_SPECS, render_clips, tracks
 
 
@@ -50,9 +50,14 @@ def test_a_broken_video_is_refused(tmp_path, clip, damage):
     path = tmp_path / "broken.mp4"
     save_video(path, clip, fps=8)
     path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(ValueError, match="the body is no mp4 file with frames that can be read: ") as caught:
+    with pytest.raises(UserError, match=r"the video .*broken\.mp4 cannot be read: ") as caught:
         read_video(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_missing_video_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"there is no video .*nowhere\.mp4"):
+        read_video(tmp_path / "nowhere.mp4")
 
 
 @pytest.mark.parametrize(("frames", "shown"), [(1, [0]), (5, [0, 1, 2, 3, 4]), (11, [0, 2, 4, 6, 8, 10])])

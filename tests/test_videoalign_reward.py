@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPOSITORY, SMALL_RUN, metrics_of, read_video, run_script
+from conftest import REPOSITORY, SMALL_RUN, metrics_of, run_script
 
 from fastvideo.distributed import UserError
+from fastvideo.media import read_video
 from fastvideo.rewards import load_rewards, parse_rewards, score, videoalign
 from fastvideo.rewards.videoalign import (
     REQUEST,
