@@ -135,11 +135,11 @@ def run(main: Callable[[], None]) -> NoReturn:
 
     A collective that fails because a process is lost becomes one sentence that names it, from the lowest rank left, and exit code 1.
     """
-    end_with(lambda: _call(main))
+    end_with(lambda: exit_code_of(main))
 
 
-def _call(main: Callable[[], None]) -> int:
-    """Call `main`; give the exit code. A `UserError` becomes one sentence on stderr, once."""
+def exit_code_of(main: Callable[[], None]) -> int:
+    """Call `main` as `run` does, and give the exit code; other exceptions than UserError are raised."""
     try:
         main()
     except KeyboardInterrupt:
