@@ -7,13 +7,18 @@ from conftest import REPOSITORY, launch, run_script
 
 SEQUENCE_PARALLEL = REPOSITORY / "benchmarks" / "sequence_parallel.py"
 ZERO = REPOSITORY / "benchmarks" / "zero.py"
+STARTUP = REPOSITORY / "benchmarks" / "startup.py"
 MODELS = ("flux", "hunyuan", "skyreels", "wan")
 
 
-def results_of(script, *flags, processes, log) -> list[dict]:
+def report_of(script, *flags, processes, log) -> dict:
     result = run_script(script, *flags, processes=processes, log=log, timeout=120)
     assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout.splitlines()[-1])["results"]
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def results_of(*arguments, **options) -> list[dict]:
+    return report_of(*arguments, **options)["results"]
 
 
 @pytest.mark.parametrize("tokens, heads", [(512, 8), pytest.param(515, 7, marks=pytest.mark.slow)], ids=["divisible", "indivisible"])
@@ -65,6 +70,23 @@ def test_zero_holds_what_theory_says(tmp_path, dtype, stages):
             assert 0.999 * expected <= row[f"{kind}_bytes"] <= 1.05 * expected + more[kind], (stage, kind)
 
 
+def test_the_network_is_read_once_and_held_once(tmp_path):
+    flags = {"--processes": 2, "--heads": 8, "--layers": 6, "--directory": tmp_path}
+    report = report_of(STARTUP, flags, processes=2, log=tmp_path / "log")
+    size = report["network_bytes"]
+    assert size > 150e6
+    rows = {(row["way"], row["rank"]): row for row in report["results"]}
+    assert rows.keys() == {(way, rank) for way in ("before", "after") for rank in (0, 1)}
+    for reader in (rows["before", 0], rows["before", 1], rows["after", 0]):
+        assert size < reader["read_bytes"] + reader["mapped_bytes"] < size + 50e6, "once, beside the libraries that a forked process maps"
+        assert reader["peak_bytes"] > size
+    assert rows["after", 0]["peak_bytes"] < 1.4 * size, "the network, and one of its four files once more"
+    other = rows["after", 1]
+    assert other["read_bytes"] + other["mapped_bytes"] < 0.02 * size
+    assert other["peak_bytes"] < 0.1 * size
+    assert list(tmp_path.glob("*/transformer")) == [], "its files stayed"
+
+
 @pytest.mark.slow
 def test_started_alone_a_benchmark_starts_its_processes():
     result = launch(SEQUENCE_PARALLEL, {"--model": "wan", "--sp_size": 2, "--tokens": 64, "--repeats": 1})
@@ -76,6 +98,7 @@ def test_started_alone_a_benchmark_starts_its_processes():
 def test_what_cannot_be_measured_is_refused_in_one_sentence():
     for script, flags, message in [
         (SEQUENCE_PARALLEL, {"--sp_size": 9}, "error: --sp_size must be from 2 to --heads, 8, not 9\n"),
+        (STARTUP, {"--files": 0}, "error: --files must be at least 1, not 0\n"),
         (ZERO, {"--head_dim": 12}, "error: --head_dim must be a multiple of 8, for the three axes of rotary embeddings, not 12\n"),
     ]:
         result = launch(script, flags)

@@ -70,6 +70,18 @@ def ceiling(tokens: int, text_tokens: int, processes: int) -> float:
     return (tokens + text_tokens) / (tokens / processes + text_tokens)
 
 
+def reduction_errors(processes: int) -> tuple[float, float]:
+    """Percent of the norm of a sum of independent gradients that is lost in bfloat16: added one after another, and in pairs."""
+    generator = torch.Generator().manual_seed(0)
+    pairs = torch.randn(processes, 100_000, generator=generator).bfloat16()
+    exact, ring = pairs.double().sum(0), pairs[0]
+    for gradient in pairs[1:]:
+        ring = ring + gradient
+    while len(pairs) > 1:
+        pairs = pairs[::2] + pairs[1::2]
+    return tuple(100 * float((found.double() - exact).norm() / exact.norm()) for found in (ring, pairs[0]))
+
+
 def computed() -> list[tuple[str, str, tuple[float, ...]]]:
     """Page, pattern of a sentence, and the numbers in its groups."""
     flux, hunyuan, wan = (MODELS[model] for model in ("flux.1-dev", "hunyuan_video", "wan_2.1_t2v_1.3b"))
@@ -93,6 +105,16 @@ def computed() -> list[tuple[str, str, tuple[float, ...]]]:
         ("docs/parallelism.md", r"heads \((\d+) in FLUX and HunyuanVideo, (\d+) in Wan", (heads[0], heads[2])),
         ("docs/parallelism.md", r"HunyuanVideo in bfloat16: (\d+) GB", (2 * hunyuan.parameters / 1e9,)),
         ("docs/parallelism.md", r"(\d+) GB for FLUX.1-dev in bfloat16", (2 * flux.parameters / 1e9,)),
+        ("docs/parallelism.md", r"of 64 processes the error is ([\d.]+) %[^(]+ ([\d.]+) % if in pairs", reduction_errors(64)),
+        ("docs/parallelism.md", r"million elements: ([\d.]+) GB in bfloat16", (2 * 200e6 * 2 / 1e9,)),
+        ("docs/models.md", r"Weights ([\d.]+) GB", (2 * hunyuan.parameters / 1e9,)),
+        ("docs/models.md", r"([\d.]+) GB on 64 GPUs, ([\d.]+) GB on 32", tuple(20 * hunyuan.parameters / gpus / 1e9 for gpus in (64, 32))),
+        (
+            "docs/models.md",
+            r"buckets 0.8 GB: (\d+) and (\d+) GiB",
+            tuple(((2 + 20 / gpus) * hunyuan.parameters + 0.8e9) / 2**30 for gpus in (64, 32)),
+        ),
+        ("docs/models.md", r"network is there twice, (\d+) GiB", (4 * hunyuan.parameters / 2**30,)),
         ("docs/parallelism.md", r"so (\d+) GB for FLUX.1-dev; `--keep", (16 * 12,)),  # with N = 12e9, as the page says
         (
             "docs/new_model.md",
