@@ -45,6 +45,20 @@ fi
 export PATH="$repository/.venv/bin:$PATH"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
 
+# A signal is for the training processes, which save and stop: torchrun passes it on, and waits half an hour for them, not 30 seconds. One that
+# is ignored, as nohup has SIGHUP, stays so.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2 PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-1800}
+[ -n "$(trap -p HUP)" ] || PET_SIGNALS_TO_HANDLE+=,SIGHUP
+# GPU memory without fragments; the last 2,000 collectives of each process, written down when one takes too long: docs/clusters.md.
+export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
+case ${0##*/} in
+train_*.sh | preprocess_*.sh) # torchrun would give each process one thread, of which --offload's optimizer wants many
+    threads=$(($(nproc) / ${GPUS:-8}))
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
+    ;;
+esac
+
 # How torchrun's processes meet. Alone on a node, at any free port: others may train there too.
 if [ "${NNODES:-1}" = 1 ] && [ -z "${MASTER_PORT:-}" ]; then
     rendezvous=(--standalone)

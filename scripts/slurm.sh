@@ -5,7 +5,7 @@
 #   sbatch --nodes=4 --gpus-per-node=8 scripts/slurm.sh train_grpo_flux.py --output_dir runs/flux --model ...
 #   MODEL=... EMBEDDINGS=... HPS=... CLIP=... sbatch --nodes=4 --gpus-per-node=8 scripts/slurm.sh scripts/train_flux.sh --output_dir runs/flux
 #
-# Preempted, requeued, or near the time limit (five minutes before it, --signal), the run saves, and the job goes on by itself when it is
+# Preempted, requeued, or near the time limit (an iteration and five minutes before), the run saves, and the job goes on by itself when it is
 # started again. What crashes is started again within the job, but not forever: after MAX_TRIES starts (3) in a row in which no new
 # iteration was finished the job ends. A mistake in the command ends it at once. docs/clusters.md tells it all.
 #
@@ -15,7 +15,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@300
+#SBATCH --signal=B:USR1@1800
 
 set -euo pipefail
 
@@ -35,8 +35,30 @@ requeue() { # to be started again by SLURM
     exit 0
 }
 
-warned=''
-on_warning() { # only this shell gets --signal=B:USR1: pass it on
+seconds_left() { # 0 if unknown
+    local end
+    end=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'EndTime=[^ ]*') && end=$(date -d "${end#*=}" +%s) || end=0
+    echo $((end > 0 ? end - $(date +%s) : 0))
+}
+
+stop_seconds() { # that saving and stopping may take: the longest of the last iterations, and five minutes
+    local seconds
+    seconds=$(tail -n 10 "$output_dir/metrics.jsonl" 2>/dev/null | grep -o '"time/iteration_s": [0-9]*' | cut -d ' ' -f 2 | sort -n | tail -n 1) || true
+    echo $((300 + ${seconds:-0}))
+}
+
+warned='' waiter='' waited=''
+on_warning() { # only this shell gets --signal=B:USR1: pass it on, but not before it must be. A second one, or one by hand long before, at once
+    local left needed
+    left=$(seconds_left) needed=$(stop_seconds)
+    if [ -z "$waited" ] && [ "$left" -gt "$needed" ] && [ "$left" -le 1900 ]; then
+        say "SIGUSR1, $left s are left: the run is asked to save and stop $needed s before the time limit"
+        (sleep $((left - needed)) && kill -USR1 $$) &
+        waiter=$! waited=1
+        disown
+        return
+    fi
+    waited=1
     say "SIGUSR1, the time limit is near: the run is asked to save and stop"
     warned=1
     scancel --signal=USR1 "$SLURM_JOB_ID"
@@ -67,6 +89,8 @@ fi
 gpus=${SLURM_GPUS_ON_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | grep -c ^GPU || true)}
 if [ "$gpus" -gt 0 ]; then
     export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
+elif [ "${DS_ACCELERATOR:-}" != cpu ] && compgen -G '/dev/nvidia[0-9]*' >/dev/null; then
+    fail "$(hostname) has GPUs, but this job was given none: sbatch --gpus-per-node=8, or DS_ACCELERATOR=cpu to run on the CPU"
 else
     export DS_ACCELERATOR=cpu CUDA_VISIBLE_DEVICES=
     gpus=1
@@ -76,6 +100,9 @@ MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | hea
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 export MASTER_ADDR LOGS=${LOGS:-$PWD/logs/${job:-$SLURM_JOB_ID}} FASTVIDEO_ERROR_FILE
 FASTVIDEO_ERROR_FILE=$LOGS/error
+export TORCH_FR_DUMP_TEMP_FILE=${TORCH_FR_DUMP_TEMP_FILE:-$LOGS/nccl_} # and the rank: the flight recorder (scripts/setup.sh)
+cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > GPUS ? cpus / GPUS : 1))}
 mkdir -p "$LOGS"
 
 # What a node runs. The scripts of scripts/ call torchrun too: for them it is this function.
@@ -119,7 +146,7 @@ touch "$LOGS/rank_0.log"
 (trap '' TERM && exec tail -n 0 -F "$LOGS/rank_0.log" 2>/dev/null) &
 tail=$!
 disown
-trap 'sleep 1; kill -KILL $tail' EXIT # it may be a second late
+trap 'sleep 1; kill -KILL $tail $waiter 2>/dev/null || true' EXIT # it may be a second late
 
 while true; do
     done_before=$(progress)
@@ -140,7 +167,7 @@ while true; do
     rm -f "$LOGS"/failed.* "$FASTVIDEO_ERROR_FILE"
     say "start on $SLURM_JOB_NODELIST, $NNODES x $GPUS processes, logs in $LOGS: $*"
     # shellcheck disable=SC2086
-    srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}" \
+    srun --nodes="$NNODES" --ntasks="$NNODES" --ntasks-per-node=1 --cpus-per-task="$cpus" \
         --kill-on-bad-exit=1 $CONTAINER bash -c "$node" bash "$@" &
     step=$!
     status=128

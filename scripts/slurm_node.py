@@ -19,7 +19,7 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda number, frame: None)
 
 args = get_args_parser().parse_args()
-args.signals_to_handle = "SIGINT"
+args.signals_to_handle, args.shutdown_timeout = "SIGINT", 30
 args.no_python = True
 command = [sys.executable, "-u", args.training_script, *args.training_script_args]
 args.training_script_args = ["-c", 'exec "$@" >>"$LOGS/rank_$RANK.log" 2>&1', "bash", *command]

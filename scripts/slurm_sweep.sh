@@ -9,7 +9,7 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:USR1@300
+#SBATCH --signal=B:USR1@1800
 set -euo pipefail
 
 learning_rates=(5e-6 1e-5 2e-5)

@@ -1,0 +1,149 @@
+"""Signals that ask a run to stop: it saves the last whole iteration and ends, however it was started, and the same command goes on."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import signal
+import subprocess
+import termios
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ENVIRONMENT, REPOSITORY, TRAIN, command, flag_list, start_forked
+from test_resume import assert_same_run
+
+from fastvideo import stop
+from fastvideo.tracking import read_metrics
+
+ENDLESS = {"--iterations": 500, "--checkpoint_every": 1000}
+
+
+def iterations(run: Path) -> int:
+    path = run / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def wait_until(condition, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def assert_saved(run: Path) -> int:
+    """All that the metrics tell of is in the checkpoint; give the number of iterations."""
+    done = iterations(run)
+    assert [row["iteration"] for row in read_metrics(run)] == list(range(1, done + 1))
+    assert (run / "checkpoints" / "latest").read_text() == f"iteration_{done:06d}"
+    return done
+
+
+SLOW = ["SIGINT", "SIGQUIT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU"]
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_signal_saves(run_flags, tmp_path, name):
+    assert [signal.Signals(number).name for number in sorted(stop.SIGNALS)] == sorted(
+        ["SIGHUP", *SLOW], key=lambda each: signal.Signals[each]
+    )
+    [process] = start_forked(TRAIN, *run_flags(tmp_path / "run", ENDLESS), log=tmp_path / "log")
+    wait_until(lambda: iterations(tmp_path / "run") >= 2)
+    os.kill(process.pid, signal.Signals[name])
+    process.join(60)
+    assert process.exitcode == 128 + signal.Signals[name]
+    said = (tmp_path / "log.0.stderr").read_text()
+    assert f"stopped by {name}; the same command goes on from the last checkpoint" in said and "Traceback" not in said
+    assert_saved(tmp_path / "run")
+
+
+def test_signal_to_one_of_two_processes(train, run_flags, tmp_path):
+    """And resumed it ends like a run that nothing happened to."""
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    forked = start_forked(TRAIN, *run_flags(run, ENDLESS), processes=2, log=tmp_path / "log")
+    wait_until(lambda: iterations(run) >= 2)
+    os.kill(forked[1].pid, signal.SIGHUP)
+    for process in forked:
+        process.join(60)
+    assert [process.exitcode for process in forked] == [128 + signal.SIGHUP] * 2
+    flags = {"--iterations": assert_saved(run) + 2}
+    assert "resuming from" in train(run, flags, processes=2).stdout
+    train(whole, flags, processes=2)
+    assert_same_run(run, whole)
+
+
+# ------------------------------------------------------------------------------------------------- started as by a user's hands
+
+
+def own_terminal() -> None:
+    """In a new process: the terminal that is its stdin is its own, and ends with SIGHUP."""
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def launcher(folder: Path, run: Path, run_flags) -> list[str]:
+    """A script as those of scripts/: bash, which starts torchrun with two processes."""
+    words = " ".join(flag_list(*run_flags(run, ENDLESS)))
+    path = folder / "train_small.sh"
+    path.write_text(
+        f"source {REPOSITORY}/scripts/setup.sh requirements-dev.txt\n"
+        f'echo "$OMP_NUM_THREADS" >{folder}/threads\n'
+        f"torchrun --standalone --nproc_per_node 2 {TRAIN} {words}\n"
+    )
+    return ["bash", str(path)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["python", "torchrun"])
+def test_closed_terminal(run_flags, tmp_path, by):
+    """All it says from then on fails: it must still save."""
+    run = tmp_path / "run"
+    words = command(TRAIN, *run_flags(run, ENDLESS)) if by == "python" else launcher(tmp_path, run, run_flags)
+    ours, theirs = pty.openpty()
+    environment = os.environ | ENVIRONMENT
+    process = subprocess.Popen(words, stdin=theirs, stdout=theirs, stderr=theirs, env=environment, preexec_fn=own_terminal, cwd=tmp_path)
+    os.close(theirs)
+    os.set_blocking(ours, False)
+
+    def read_and_look() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 65536)
+        return iterations(run) >= 3
+
+    wait_until(read_and_look)
+    os.close(ours)
+    assert process.wait(60) in ([128 + signal.SIGHUP] if by == "python" else [128 + signal.SIGHUP, 1, -signal.SIGHUP])
+    wait_until(lambda: (run / "checkpoints" / "latest").exists(), 60)
+    assert_saved(run)
+
+
+@pytest.mark.slow
+def test_nohup(run_flags, tmp_path):
+    """It goes on at SIGHUP, and saves at SIGTERM, here to torchrun alone."""
+    run = tmp_path / "run"
+    words = ["nohup", *launcher(tmp_path, run, run_flags)]
+    with open(tmp_path / "log", "w") as log:
+        group = subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | ENVIRONMENT, start_new_session=True, cwd=tmp_path)
+    wait_until(lambda: iterations(run) >= 2)
+    os.killpg(group.pid, signal.SIGHUP)
+    before = iterations(run)
+    wait_until(lambda: iterations(run) >= before + 3)
+    [torchrun] = [int(child) for child in Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()]
+    os.kill(torchrun, signal.SIGTERM)
+    assert group.wait(60) != 0
+    assert "stopped by SIGTERM" in (tmp_path / "log").read_text()
+    assert_saved(run)
+    assert (tmp_path / "threads").read_text() == "1\n"
+
+
+@pytest.mark.parametrize(("gpus", "threads"), [(1, os.cpu_count()), (1000, 1)])
+def test_settings_of_the_launch_scripts(tmp_path, gpus, threads):
+    path = tmp_path / "train_small.sh"
+    path.write_text(f"source {REPOSITORY}/scripts/setup.sh requirements-dev.txt\nenv\n")
+    before = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"} | {"GPUS": str(gpus)}
+    said = subprocess.run(["bash", path], env=before, capture_output=True, text=True, check=True).stdout
+    settings = dict(line.split("=", 1) for line in said.splitlines() if "=" in line)
+    assert settings["OMP_NUM_THREADS"] == str(threads)
+    assert settings["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert settings["TORCH_FR_BUFFER_SIZE"] == "2000" and settings["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
