@@ -35,8 +35,8 @@ gradients: stage 2 in float32 keeps whole those that a border between shards div
   beside the float32 sum. --offload adds float32 copies of the own shard in host memory.
 optimizer: Adam's two averages, and from stage 1 on a copy of the weights, all in float32.
 other: DeepSpeed's buckets for sending gradients have 200 million elements whatever the model's size, two at stages 1 and 2, one at
-  stage 3, none held at stage 1 in bfloat16; real memory on a GPU, on a CPU only as far as it is written. Stage 2 frees them after each micro-batch, stage 1 after each
-  update, stage 3 never."""
+  stage 3, none held at stage 1 in bfloat16; real memory on a GPU, on a CPU only as far as it is written. Stage 2 frees them after each
+  micro-batch, stage 1 after each update, stage 3 never."""
 
 
 @dataclass
