@@ -2,9 +2,11 @@
 
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,7 +19,7 @@ import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import logger as deepspeed_logger
 
-from fastvideo.distributed import UserError, new_group
+from fastvideo.distributed import UserError, first_line, new_group
 
 deepspeed_logger.setLevel("ERROR")
 # Only a faster all-reduce inside one CPU host, for which DeepSpeed would run the compiler for a minute at the first start.
@@ -25,11 +27,31 @@ deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def check_stage(stage: int, offload: bool, dtype: torch.dtype) -> None:
-    """Raise UserError for what ZeRO cannot do at `stage`."""
+    """Raise UserError for what ZeRO cannot do at `stage`, and where the optimizer that `offload` needs cannot be built."""
     if offload and stage == 0:
         raise UserError("--offload moves what ZeRO shards, but --zero_stage is 0: use --zero_stage 1")
     if dtype == torch.bfloat16 and stage == 0:
         raise UserError("--zero_stage 0 keeps no float32 master weights, which --dtype bfloat16 needs: use --zero_stage 1")
+    if offload:
+        _build_cpu_optimizer()
+
+
+def _build_cpu_optimizer() -> None:
+    """DeepSpeed's CPU Adam, compiled at its first use; later starts find it. UserError if that fails."""
+    tools = str(Path(sys.executable).parent)  # ninja's, also where the environment is not activated
+    if tools not in os.environ["PATH"].split(os.pathsep):
+        os.environ["PATH"] += os.pathsep + tools
+    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written")
+        deepspeed.ops.op_builder.CPUAdamBuilder().load(verbose=False)
+    except Exception as error:  # of the compiler, of torch's builder, of DeepSpeed's
+        raise UserError(
+            f"--offload needs DeepSpeed's CPU optimizer, which cannot be built in {folder}: {first_line(error)}. It takes a C++ compiler "
+            "(g++) and a folder that can be written, which TORCH_EXTENSIONS_DIR names"
+        ) from error
 
 
 def initialize(

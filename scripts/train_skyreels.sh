@@ -11,7 +11,7 @@
 #   VideoAlign            MQ              MQ
 # VideoAlign is shown 2 frames a second: 4 of 53 at the clips' own 24. The release stores clips at 8 before it scores them, so that 14 are shown: for that add
 # ,clip_fps=8 to each reward. For other rewards add --rewards NAME... at the end (docs/rewards.md).
-# An iteration takes about 23 minutes (an estimate): hence --checkpoint_every 5, and on SLURM sbatch --signal=B:USR1@1800.
+# An iteration takes about 23 minutes (an estimate): hence --checkpoint_every 5.
 #
 #   MODEL=models/SkyReels-V1-I2V EMBEDDINGS=runs/embeddings/skyreels VIDEOALIGN=models/VideoReward bash scripts/train_skyreels.sh --output_dir runs/skyreels
 #
