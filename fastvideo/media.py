@@ -88,10 +88,10 @@ def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]]
             lines.append(" ".join(label.split()))
             text = lines[-1] if font_of(lines[-1]) else f"line {len(lines)} of {path.stem}.txt"
             draw.text((x + 2, y + height), "\n".join(_wrap(text, font_of(text), width - 4)), fill="black", font=font_of(text), spacing=1)
-    with whole_file(path.with_suffix(".txt")) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
     with whole_file(path) as temporary:
         grid.save(temporary, format="PNG")
+    with whole_file(path.with_suffix(".txt")) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
 
 
 def save_samples(path: Path, media: torch.Tensor, labels: list[str], fps: int = 8) -> Path:
