@@ -3,13 +3,15 @@
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import nn
+from torch.utils import cpp_extension
 
 from fastvideo import devices
 
@@ -24,6 +26,8 @@ from fastvideo.distributed import UserError, first_line, new_group
 deepspeed_logger.setLevel("ERROR")
 # Only a faster all-reduce inside one CPU host, for which DeepSpeed would run the compiler for a minute at the first start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+STALE = 900.0  # seconds after which a build of DeepSpeed's CPU optimizer, which takes one minute, is taken for killed
 
 
 def check_stage(stage: int, offload: bool, dtype: torch.dtype) -> None:
@@ -46,6 +50,10 @@ def _build_cpu_optimizer() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} cannot be written")
+        lock = Path(cpp_extension._get_build_directory("cpu_adam", verbose=False), "lock")  # for which torch would wait for ever
+        with suppress(FileNotFoundError):
+            if (age := time.time() - lock.stat().st_mtime) > STALE:
+                raise FileExistsError(f"{lock} was left {age / 60:.0f} min ago by a build that was killed: delete it")
         deepspeed.ops.op_builder.CPUAdamBuilder().load(verbose=False)
     except Exception as error:  # of the compiler, of torch's builder, of DeepSpeed's
         raise UserError(

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,17 @@ def test_without_a_compiler(tmp_path):
     result = check(PATH=str(tmp_path / "nothing"), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert f"error: --offload needs DeepSpeed's CPU optimizer, which cannot be built in {tmp_path / 'extensions'}" in result.stderr
+
+
+def test_lock_of_a_killed_build(tools, tmp_path):
+    """torch waits for who holds it, without a word."""
+    lock = tmp_path / "extensions" / "cpu_adam" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    os.utime(lock, (time.time() - 7200,) * 2)
+    result = check(PATH=str(tools), TORCH_EXTENSIONS_DIR=str(tmp_path / "extensions"))
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"{lock} was left 120 min ago by a build that was killed: delete it" in result.stderr
 
 
 @pytest.mark.slow
