@@ -217,22 +217,33 @@ def test_training(run_flags, tmp_path, rank):
 
 
 # training.py MOMENT RANK flags: once training is on its way, RANK hangs before a backward pass or in a rollout. Collectives on
-# tensors are those of a GPU: put in a queue, and waited for without a call that waits in torch.distributed. Objects travel by gloo as ever.
+# tensors are those of a GPU: something else is at them, and the main thread waits without a call that waits in torch.distributed.
+# Objects travel by gloo as ever.
 HANGING_TRAINING = """
-import sys, time
-import torch.distributed as dist
+import sys, threading, time
+import torch, torch.distributed as dist
 import train_grpo_flux
 from fastvideo import distributed, zero
 
 moment, culprit = sys.argv.pop(1), int(sys.argv.pop(1))
-calls = 0
+calls, threads = 0, {}
 
 def wait_for_gpu(collective):
+    def kernel(*args, **kwargs):
+        try:
+            with torch.no_grad():
+                collective(*args, **kwargs)
+        except RuntimeError:  # a kernel does not learn of gloo's timeouts and broken connections: it goes on for ever
+            return
+        threads.pop(threading.current_thread().name)
+
     def queued(*args, async_op=False, **kwargs):
-        work = collective(*args, async_op=True, **kwargs)
-        if async_op or work is None:  # what DeepSpeed waits for later; no member of the group
-            return work
-        while not work.is_completed() or work.exception():  # a kernel does not learn of gloo's timeout
+        if async_op:  # what DeepSpeed waits for later
+            return collective(*args, async_op=True, **kwargs)
+        thread = threading.Thread(target=kernel, args=args, kwargs=kwargs, daemon=True)
+        threads[thread.name] = thread
+        thread.start()
+        while thread.name in threads:
             time.sleep(0.001)
     return queued
 
@@ -260,7 +271,7 @@ distributed.run(train_grpo_flux.main)
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("moment", "rank", "flags"),
-    [("backward", 2, {"--zero_stage": 2}), ("rollout", 1, {"--sp_size": 2}), ("rollout", 3, {})],
+    [("backward", 2, {"--zero_stage": 2}), ("rollout", 1, {"--sp_size": 2}), ("rollout", 3, {}), ("rollout", 1, {"--zero_stage": 3})],
 )
 def test_training_hangs(run_flags, tmp_path, moment, rank, flags):
     """All processes end within 1.5 timeouts, and the one that hangs is named with the place where it is."""
