@@ -5,7 +5,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
 python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the stable-diffusion-v1-4 folder}" --family sd --use embedding
-torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-gpu}" \
+torchrun "${rendezvous[@]}" --nproc_per_node "$GPUS" \
   "$repository/preprocess/embed_sd.py" \
   --model "$MODEL" \
   --prompts "${PROMPTS:?set PROMPTS to a .txt or .jsonl prompt file}" \

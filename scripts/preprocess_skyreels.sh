@@ -5,7 +5,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
 python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the SkyReels-V1-I2V folder}" --family skyreels --use embedding
-torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-gpu}" \
+torchrun "${rendezvous[@]}" --nproc_per_node "$GPUS" \
   "$repository/preprocess/embed_skyreels.py" \
   --model "$MODEL" \
   --prompts "${PROMPTS:?set PROMPTS to a .jsonl prompt file}" \

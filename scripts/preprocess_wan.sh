@@ -5,7 +5,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
 python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the Wan2.1-T2V folder}" --family wan --use embedding
-torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-gpu}" \
+torchrun "${rendezvous[@]}" --nproc_per_node "$GPUS" \
   "$repository/preprocess/embed_wan.py" \
   --model "$MODEL" \
   --prompts "${PROMPTS:?set PROMPTS to a .txt or .jsonl prompt file}" \

@@ -22,8 +22,15 @@ find_python() {
 }
 
 install_requirements() { # FILE [OPTIONS OF PIP...]
-    local requirements="$repository/$1" venv="$repository/.venv" stamp="$repository/.venv/installed-$1" python
-    if [ -f "$stamp" ] && cat "$repository/requirements.txt" "$requirements" | cmp -s - "$stamp"; then
+    local requirements="$repository/$1" venv="$repository/.venv" stamp="$repository/.venv/installed-$1" python lock
+    installed() { [ -f "$stamp" ] && cat "$repository/requirements.txt" "$requirements" | cmp -s - "$stamp"; }
+    if installed; then
+        return
+    fi
+    exec {lock}>"$repository/.venv.lock" # several may start at once
+    flock "$lock"
+    if installed; then
+        exec {lock}>&-
         return
     fi
     command -v cc >/dev/null || command -v gcc >/dev/null || command -v clang >/dev/null ||
@@ -36,6 +43,7 @@ install_requirements() { # FILE [OPTIONS OF PIP...]
     echo "installing $1 into $venv (a few minutes the first time)"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "${@:2}" -r "$requirements"
     cat "$repository/requirements.txt" "$requirements" >"$stamp"
+    exec {lock}>&-
 }
 
 install_requirements "$1"
@@ -53,6 +61,9 @@ export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2 PET_SHUTDOWN
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 case ${0##*/} in
+preprocess_*.sh) # all GPUs; one process where PyTorch finds none, which runs on the CPU or says what is wrong
+    GPUS=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
+    ;;&
 train_*.sh | preprocess_*.sh) # torchrun would give each process one thread, of which --offload's optimizer wants many
     threads=$(($(nproc) / ${GPUS:-8}))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}

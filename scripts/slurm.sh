@@ -56,7 +56,7 @@ on_warning() { # only this shell gets --signal=B:USR1: pass it on, but not befor
         (sleep $((left - needed)) && kill -USR1 $$) &
         waiter=$! waited=1
         disown
-        return
+        return 0 # a bare one, in a trap, gives the status of what the signal interrupted, which ends this shell
     fi
     waited=1
     say "SIGUSR1, the time limit is near: the run is asked to save and stop"

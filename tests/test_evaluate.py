@@ -137,3 +137,22 @@ def test_a_first_frame_of_another_size_is_refused(evaluate, tmp_path):
     result = evaluate(flags, check=False)
     assert result.returncode == 2
     assert f"error: line 1 of {tmp_path / 'p.jsonl'}: image {tmp_path / 'wide.png'} is 64 x 32 pixels, not 32 x 32" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_first_frame_is_stretched_on_request(evaluate, tmp_path):
+    """As if it had been stretched before; not cropped."""
+    wide = Image.radial_gradient("L").resize((64, 32)).convert("RGB")
+    wide.paste("red", (0, 0, 20, 32))
+    pictures = {"wide": wide, "stretched": wide.resize((32, 32), Image.Resampling.LANCZOS), "cropped": wide.crop((16, 0, 48, 32))}
+    scores = {}
+    for name, picture in pictures.items():
+        picture.save(tmp_path / f"{name}.png")
+        prompts = tmp_path / f"{name}.jsonl"
+        prompts.write_text(json.dumps({"prompt": "a red circle moving left", "image": f"{name}.png"}))
+        flags = {"--model": MODEL.parent / "skyreels", "--prompts": prompts, "--height": 32, "--width": 32, "--num_seeds": 1}
+        flags |= {"--sampling_steps": 2, "--rewards": ("visual", "motion")}
+        results, _ = evaluate(flags, *["--resize"] * (name == "wide"))
+        scores[name] = [results["base"][reward]["mean"] for reward in ("visual", "motion")]
+    assert scores["wide"] == pytest.approx(scores["stretched"], rel=1e-4)
+    assert scores["wide"] != pytest.approx(scores["cropped"], rel=1e-2)

@@ -1,12 +1,16 @@
 """The training scripts: what they copy from each other is equal, they have the same sections in the same order, and every flag is read."""
 
 import ast
+import json
 import os
 import re
 import runpy
 import shlex
 import shutil
+import signal
 import subprocess
+import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -197,6 +201,31 @@ def test_processes_meet_at_a_free_port_on_one_node(environment, expected):
     assert result.stdout.splitlines()[-1:] == [expected], result.stderr
 
 
+def test_several_first_starts_install_once(tmp_path):
+    """PYTHON is a command that writes down what it is asked for, and puts itself in the environment that it makes."""
+    (tmp_path / "scripts").mkdir()
+    for name in ("scripts/setup.sh", "requirements.txt"):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    (tmp_path / "python").write_text(
+        """#!/usr/bin/env bash
+        case "$1 ${2:-}" in
+        "-m venv") mkdir -p "$3/bin" && cp "$0" "$3/bin/python" ;;&
+        "-m "*) echo "$2" >>"$ASKED" && sleep 0.5 ;;
+        esac"""
+    )
+    (tmp_path / "python").chmod(0o755)
+    given = os.environ | {"PYTHON": str(tmp_path / "python"), "ASKED": str(tmp_path / "asked")}
+    started = [subprocess.Popen(["bash", tmp_path / "scripts" / "setup.sh", "requirements.txt"], env=given) for _ in range(3)]
+    assert [process.wait(60) for process in started] == [0, 0, 0]
+    assert (tmp_path / "asked").read_text().split() == ["venv", "pip"]
+
+
+def test_preprocessing_takes_one_process_where_there_is_no_gpu():
+    """torchrun's own word for all GPUs ends in a traceback there."""
+    result = bash("bash -c 'source scripts/setup.sh requirements-dev.txt && echo $GPUS' preprocess_flux.sh", GPUS="")
+    assert result.stdout.split()[-1:] == ["1"], result.stderr
+
+
 @pytest.mark.slow
 def test_two_launch_scripts_at_once_on_one_node(tmp_path):
     shell_script = REPOSITORY / "scripts" / "preprocess_flux.sh"
@@ -208,3 +237,56 @@ def test_two_launch_scripts_at_once_on_one_node(tmp_path):
         started.append(subprocess.Popen(command, env=given, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
     outputs = [process.communicate(timeout=300)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0], outputs
+
+
+# Commands of SLURM, as much as slurm.sh asks of them: the end of the job, and a run that stops when it is warned.
+SLURM_COMMANDS = {
+    "scontrol": """case $1 in requeue) touch "$FOLDER/requeued" ;; *) echo "first EndTime=$END" ;; esac""",
+    "scancel": """date +%s.%N >"$FOLDER/warned" """,
+    "srun": """touch "$FOLDER/started"; while [ ! -f "$FOLDER/warned" ]; do sleep 0.1; done; exit 138""",
+}
+
+
+@pytest.mark.parametrize(
+    ("left", "signals", "wait"),
+    [
+        (308, 1, 4),  # until 304 s are left: five minutes, and 4.7 s for the longest of the last iterations
+        pytest.param(308, 2, 0, marks=pytest.mark.slow),  # somebody insists
+        pytest.param(250, 1, 0, marks=pytest.mark.slow),  # too late to wait
+        pytest.param(9000, 1, 0, marks=pytest.mark.slow),  # by hand, long before the limit
+    ],
+)
+def test_slurm_warning_is_passed_on_when_an_iteration_and_five_minutes_are_left(tmp_path, left, signals, wait):
+    for name, text in SLURM_COMMANDS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "run").mkdir()
+    seconds = [99.9, *[2.0] * 6, 4.7, *[1.0] * 3]  # the first is not one of the last ten
+    lines = [json.dumps({"iteration": i, "time/iteration_s": one, "samples": 8}) for i, one in enumerate(seconds)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    slurm = {"JOB_ID": 7, "JOB_NUM_NODES": 1, "JOB_NODELIST": "first", "SUBMIT_DIR": REPOSITORY, "CPUS_ON_NODE": 2, "GPUS_ON_NODE": 0}
+    given = {f"SLURM_{name}": str(value) for name, value in slurm.items()} | {"LOGS": str(tmp_path / "logs"), "CONTAINER": "env"}
+    given |= {"FOLDER": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+    end = int(time.time()) + left
+    given["END"] = datetime.fromtimestamp(end).isoformat()
+    command = ["bash", "scripts/slurm.sh", "train_grpo_flux.py", "--output_dir", str(tmp_path / "run")]
+    with open(tmp_path / "log", "w") as log:
+        job = subprocess.Popen(command, env=os.environ | given, cwd=REPOSITORY, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "started").exists():
+            assert time.monotonic() < deadline and job.poll() is None, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        warned = time.time()
+        for _ in range(signals):
+            job.send_signal(signal.SIGUSR1)
+            time.sleep(1)
+        assert job.wait(60) == 0, (tmp_path / "log").read_text()
+    finally:
+        job.kill()
+    passed_on = float((tmp_path / "warned").read_text())
+    if wait:
+        assert end - 304.7 - 1 <= passed_on <= end - 304 + 3  # slurm.sh counts in whole seconds
+    else:
+        assert passed_on - warned < 3
+    assert (tmp_path / "requeued").exists()
