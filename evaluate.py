@@ -24,17 +24,18 @@ from diffusers import (
 )
 from tqdm import tqdm
 
-from fastvideo import distributed
-from fastvideo.distributed import Ranks, UserError, keyed_generator
-from fastvideo.encoders import check_images, read_image
+from fastvideo.embeddings.encoders import check_images, read_image
+from fastvideo.embeddings.prompts import read_prompts
+from fastvideo.errors import UserError
 from fastvideo.files import whole_file
 from fastvideo.flags import check_numbers
 from fastvideo.media import film_strip, save_grid, save_video, to_pil
-from fastvideo.model_folder import check_model
-from fastvideo.pretrained import load_pipeline, load_pretrained
-from fastvideo.prompts import read_prompts
+from fastvideo.models.model_folder import check_model
+from fastvideo.models.pretrained import load_pipeline, load_pretrained
+from fastvideo.parallel import distributed
+from fastvideo.parallel.distributed import Ranks, keyed_generator
 from fastvideo.rewards import Reward, load_rewards, parse_rewards, score
-from fastvideo.tracking import plot_rewards, read_metrics
+from fastvideo.runs.tracking import plot_rewards, read_metrics
 
 # What each pipeline calls the sampling settings that a run's manifest has, and what they are without a run (None: what the folder says).
 ARGUMENTS = {

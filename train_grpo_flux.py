@@ -19,22 +19,24 @@ import tyro
 from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from tqdm import tqdm
 
-from fastvideo import checkpoint, distributed, guards, run_folder, tracking, zero
-from fastvideo.attention import set_attention
-from fastvideo.distributed import Ranks, UserError, keyed_generator, warn
-from fastvideo.ema import EMA
-from fastvideo.embedding_cache import EmbeddingCache
-from fastvideo.fingerprint import check_encoder
+from fastvideo.embeddings.cache import EmbeddingCache
+from fastvideo.embeddings.fingerprint import check_encoder
+from fastvideo.embeddings.prompts import draw_prompts
+from fastvideo.errors import UserError, warn
 from fastvideo.flags import check_numbers, check_size
-from fastvideo.model_folder import check_model
-from fastvideo.models.flux import parallelize
-from fastvideo.pretrained import add_lora, load_network, load_pretrained
-from fastvideo.prompts import draw_prompts
-from fastvideo.reference import InitialWeights
+from fastvideo.models.model_folder import check_model
+from fastvideo.models.pretrained import add_lora, load_network, load_pretrained
+from fastvideo.parallel import distributed, zero
+from fastvideo.parallel.attention import set_attention
+from fastvideo.parallel.distributed import Ranks, keyed_generator
+from fastvideo.parallel.ema import EMA
+from fastvideo.parallel.networks.flux import parallelize
+from fastvideo.parallel.reference import InitialWeights
 from fastvideo.rewards import check_rewards, load_rewards, parse_rewards, score
 from fastvideo.rewards.preflight import preflight
 from fastvideo.rewards.statistics import group_statistics
-from fastvideo.stop import StopSignals
+from fastvideo.runs import checkpoint, guards, run_folder, tracking
+from fastvideo.runs.stop import StopSignals
 
 FAMILY = "flux"  # of the embedding caches that fit
 # What evaluate.py takes over from a run.

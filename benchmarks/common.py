@@ -7,7 +7,8 @@ import diffusers
 import torch
 from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 
-from fastvideo.distributed import Ranks, UserError, compute_dtype
+from fastvideo.errors import UserError
+from fastvideo.parallel.distributed import Ranks, compute_dtype
 
 MODELS = ("flux", "hunyuan", "skyreels", "wan")
 TEXT_WIDTH = 64  # of the text embeddings that the transformers are given; the first thing they do is to project them

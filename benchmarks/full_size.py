@@ -35,10 +35,12 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.common import print_table  # noqa: E402 (run as a script, Python knows only this file's folder)
-from fastvideo import checkpoint, distributed, rewards, tracking  # noqa: E402
-from fastvideo.distributed import Ranks  # noqa: E402
-from fastvideo.embedding_cache import write_cache  # noqa: E402
-from fastvideo.model_folder import FAMILIES  # noqa: E402
+from fastvideo import rewards  # noqa: E402
+from fastvideo.embeddings.cache import write_cache  # noqa: E402
+from fastvideo.models.model_folder import FAMILIES  # noqa: E402
+from fastvideo.parallel import distributed  # noqa: E402
+from fastvideo.parallel.distributed import Ranks  # noqa: E402
+from fastvideo.runs import checkpoint, tracking  # noqa: E402
 
 IMAGE_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,

@@ -25,9 +25,10 @@ import torch.distributed as dist
 import tyro
 from common import become_torchrun, check_sizes, make_transformer, print_table
 
-from fastvideo import distributed
-from fastvideo.distributed import Ranks, UserError
-from fastvideo.models import flux, hunyuan, wan
+from fastvideo.errors import UserError
+from fastvideo.parallel import distributed
+from fastvideo.parallel.distributed import Ranks
+from fastvideo.parallel.networks import flux, hunyuan, wan
 
 PARALLELIZE = {"flux": flux.parallelize, "hunyuan": hunyuan.parallelize, "skyreels": hunyuan.parallelize, "wan": wan.parallelize}
 KIB, MIB = 2**10, 2**20

@@ -27,9 +27,10 @@ import tyro
 from common import become_torchrun, check_sizes, make_transformer, print_table
 from diffusers import FluxTransformer2DModel, ModelMixin
 
-from fastvideo import distributed
-from fastvideo.distributed import Ranks, UserError, all_gather_object, on_main
-from fastvideo.pretrained import load_network, load_pretrained
+from fastvideo.errors import UserError
+from fastvideo.models.pretrained import load_network, load_pretrained
+from fastvideo.parallel import distributed
+from fastvideo.parallel.distributed import Ranks, all_gather_object, on_main
 
 MIB = 2**20
 FORK = multiprocessing.get_context("fork")

@@ -22,9 +22,10 @@ import tyro
 from common import become_torchrun, check_sizes, make_transformer, print_table
 from torch.utils._pytree import tree_leaves
 
-from fastvideo import distributed, zero
-from fastvideo.distributed import Ranks, UserError
-from fastvideo.shards import master_shards
+from fastvideo.errors import UserError
+from fastvideo.parallel import distributed, zero
+from fastvideo.parallel.distributed import Ranks
+from fastvideo.parallel.shards import master_shards
 
 KINDS = ("parameters", "gradients", "optimizer")
 MIB = 2**20

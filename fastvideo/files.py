@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 
 
 @contextmanager

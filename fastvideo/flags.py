@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 
 SMALLEST, LARGEST = 1e-12, 1e6  # beyond, arithmetic breaks down or memory runs out, and nobody means it
 BOUNDS = {

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.files import whole_file
 
 

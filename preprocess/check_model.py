@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 import tyro
 
-from fastvideo.distributed import run
-from fastvideo.model_folder import Use, check_model
+from fastvideo.models.model_folder import Use, check_model
+from fastvideo.parallel.distributed import run
 
 
 @dataclass

@@ -18,14 +18,15 @@ import tyro
 from diffusers import StableDiffusionPipeline
 from transformers import CLIPTextModel
 
-from fastvideo.distributed import launch_rank, on_main, run
-from fastvideo.embedding_cache import write_cache
-from fastvideo.encoders import UNCONDITIONAL, load_encoders, report_prompts, start
-from fastvideo.fingerprint import encoder_fingerprint
-from fastvideo.model_folder import check_model
-from fastvideo.pretrained import load_pretrained
-from fastvideo.prompts import read_prompts
-from fastvideo.tokenizers import token_digest
+from fastvideo.embeddings.cache import write_cache
+from fastvideo.embeddings.encoders import UNCONDITIONAL, load_encoders, report_prompts, start
+from fastvideo.embeddings.fingerprint import encoder_fingerprint
+from fastvideo.embeddings.prompts import read_prompts
+from fastvideo.errors import launch_rank
+from fastvideo.models.model_folder import check_model
+from fastvideo.models.pretrained import load_pretrained
+from fastvideo.models.tokenizers import token_digest
+from fastvideo.parallel.distributed import on_main, run
 
 FOLDERS = ("text_encoder", "tokenizer")
 NOT_NEEDED = {"unet": None, "vae": None, "safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}

@@ -19,14 +19,15 @@ from diffusers import WanPipeline
 from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from transformers import UMT5EncoderModel
 
-from fastvideo.distributed import UserError, launch_rank, on_main, run
-from fastvideo.embedding_cache import write_cache
-from fastvideo.encoders import UNCONDITIONAL, load_encoders, report_prompts, start
-from fastvideo.fingerprint import encoder_fingerprint
-from fastvideo.model_folder import check_model
-from fastvideo.pretrained import load_pretrained
-from fastvideo.prompts import read_prompts
-from fastvideo.tokenizers import token_digest
+from fastvideo.embeddings.cache import write_cache
+from fastvideo.embeddings.encoders import UNCONDITIONAL, load_encoders, report_prompts, start
+from fastvideo.embeddings.fingerprint import encoder_fingerprint
+from fastvideo.embeddings.prompts import read_prompts
+from fastvideo.errors import UserError, launch_rank
+from fastvideo.models.model_folder import check_model
+from fastvideo.models.pretrained import load_pretrained
+from fastvideo.models.tokenizers import token_digest
+from fastvideo.parallel.distributed import on_main, run
 
 FOLDERS = ("text_encoder", "tokenizer")
 

@@ -26,13 +26,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from tqdm import tqdm
 
-from fastvideo.distributed import UserError, all_gather_object, first_line, init, keyed_generator, launch_rank, on_main, run, together
-from fastvideo.embedding_cache import refuse_difference
+from fastvideo.embeddings.cache import refuse_difference
+from fastvideo.embeddings.fingerprint import encoder_fingerprint
+from fastvideo.embeddings.prompts import read_prompts
+from fastvideo.errors import UserError, first_line, launch_rank
 from fastvideo.files import whole_file
-from fastvideo.fingerprint import encoder_fingerprint
-from fastvideo.pretrained import load_pipeline
-from fastvideo.prompts import read_prompts
-from fastvideo.tokenizers import token_digest
+from fastvideo.models.pretrained import load_pipeline
+from fastvideo.models.tokenizers import token_digest
+from fastvideo.parallel.distributed import all_gather_object, init, keyed_generator, on_main, run, together
 
 Job = tuple[int, int]  # index of the row, index of the picture among the row's
 

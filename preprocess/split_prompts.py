@@ -25,9 +25,10 @@ import tyro
 from py3langid.langid import MODEL_FILE, LanguageIdentifier
 from tqdm import tqdm
 
-from fastvideo.distributed import UserError, run
+from fastvideo.embeddings.prompts import CONTROL
+from fastvideo.errors import UserError
 from fastvideo.files import whole_folder
-from fastvideo.prompts import CONTROL
+from fastvideo.parallel.distributed import run
 
 FIELDS = ("prompt", "cap", "caption")
 SCORES = ("toxicity", "obscene", "identity_attack", "insult", "threat", "sexual_explicit")  # VidProM's columns, each 0 to 1

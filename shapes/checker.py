@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from shapes.world import COLOURS, PIXEL_X, PIXEL_Y, SHAPES, SIZE, Spec, holds, signed_distance
 
 PALETTE = np.array(list(COLOURS.values()), np.float32)  # (6, 3)

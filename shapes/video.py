@@ -6,7 +6,7 @@ from itertools import product
 
 import numpy as np
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from shapes.world import COLOURS, RL_COLOURS, SHAPES, SIZE, extent, signed_distance
 
 FRAMES = 9  # of a clip, unless something else is asked for

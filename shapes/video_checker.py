@@ -5,7 +5,7 @@ Where a frame shows several objects, its largest is the one whose track, form an
 
 import numpy as np
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from shapes.checker import Detection, background_of, check_one, detect
 from shapes.video import GROWTH, MOTIONS, VideoSpec, paths
 from shapes.world import SHAPES, SIZE, Spec, signed_distance

@@ -11,7 +11,7 @@ from itertools import product
 
 import numpy as np
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 
 SIZE = 32  # height and width of a picture, in pixels
 COLOURS = {  # name -> red, green, blue in [0, 1]

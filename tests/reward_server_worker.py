@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from fastvideo import distributed
+from fastvideo.parallel import distributed
 from fastvideo.rewards import REWARDS, server
 from fastvideo.rewards.preflight import UNCHECKED
 

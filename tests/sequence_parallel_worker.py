@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 
-from fastvideo import distributed
-from fastvideo.models import flux, hunyuan, wan
+from fastvideo.parallel import distributed
+from fastvideo.parallel.networks import flux, hunyuan, wan
 
 TEXT_LENGTH = 5
 SIZES = {"even": (2, 4, 4), "odd": (3, 3, 3), "few": (1, 2, 2)}  # frames, rows, columns of image tokens

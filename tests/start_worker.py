@@ -11,8 +11,8 @@ from pathlib import Path
 import diffusers
 import torch
 
-from fastvideo import distributed, zero
-from fastvideo.pretrained import load_network
+from fastvideo.models.pretrained import load_network
+from fastvideo.parallel import distributed, zero
 
 SETTINGS = {"stage": 1, "offload": False, "learning_rate": 1e-5, "weight_decay": 0.0, "lr_multiplier": lambda update: 1.0}
 SETTINGS |= {"max_grad_norm": 1.0, "micro_batch_size": 1, "accumulation_steps": 1}

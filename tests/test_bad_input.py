@@ -9,7 +9,7 @@ from conftest import MODEL, REPOSITORY, TRAIN, launch, metrics_of, run_script, w
 
 import evaluate
 import train_grpo_flux
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 
 # ------------------------------------------------------------------------------------------------------------ values of flags
 
@@ -244,7 +244,7 @@ def test_torchrun_says_it_once(run_flags, tmp_path):
 # Registers the reward "sick=MODE", which misbehaves at one call of one process. Two are the preflight's, then there are two an iteration.
 SICK_REWARD = """
 import train_grpo_flux
-from fastvideo import distributed
+from fastvideo.parallel import distributed
 from fastvideo.rewards import REWARDS
 
 def load(mode, device):

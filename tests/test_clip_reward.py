@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessorPil
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.rewards import RewardSpec, parse_rewards, score
 from fastvideo.rewards.clip import load_clip, preprocess
 from fastvideo.rewards.hpsv2 import load_hpsv2

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import EVALUATE, MODEL, REPOSITORY, TRAIN, run_script
 
-from fastvideo import devices
+from fastvideo.parallel import devices
 
 # worker.py RANK_0 RANK_1: two processes that meet, each on a host of this kind.
 # worker.py RANK_0 RANK_1 SCRIPT WORDS...: a script of ours there.
@@ -15,7 +15,7 @@ import os, runpy, socket, sys
 from pathlib import Path
 from unittest import mock
 import torch
-from fastvideo import devices, distributed
+from fastvideo.parallel import devices, distributed
 
 def main():
     print(distributed.init(timeout_minutes=1).device)

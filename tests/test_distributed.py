@@ -11,8 +11,8 @@ WORKER = """
 import json, sys
 from unittest import mock
 import torch, torch.distributed as dist
-from fastvideo import devices, distributed, zero
-from fastvideo.distributed import all_gather_object
+from fastvideo.parallel import devices, distributed, zero
+from fastvideo.parallel.distributed import all_gather_object
 
 def create_standin(store, rank, world_size, timeout):
     return dist.ProcessGroupGloo(store, rank, world_size, timeout)
@@ -92,7 +92,7 @@ def test_gpus_have_gloo_beside_nccl(tmp_path):
 # late.py MOMENT: two processes have the same error. Rank 0 comes to it late, or has said it and takes long to end, as on a busy machine.
 LATE = """
 import atexit, sys, time
-from fastvideo import distributed
+from fastvideo.parallel import distributed
 
 def main():
     late = distributed.launch_rank() == 0

@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from huggingface_hub.utils import filter_repo_objects
 
 from benchmarks.full_size import MODELS
-from fastvideo.model_folder import check_model
+from fastvideo.models.model_folder import check_model
 
 TEXTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), *sorted((REPOSITORY / "scripts").glob("*.sh"))]
 

@@ -13,7 +13,7 @@ from conftest import largest_difference, metrics_of, run_script, weights_of
 from safetensors.torch import load_file, save_file
 
 from fastvideo.files import crc32
-from fastvideo.integrity import checksum
+from fastvideo.runs.integrity import checksum
 
 # ------------------------------------------------------------------------------------------------------ a tiny module, all layouts
 
@@ -48,8 +48,8 @@ def start(layout: str):
     """A fresh engine and EMA."""
     import deepspeed
 
-    from fastvideo import zero
-    from fastvideo.ema import EMA
+    from fastvideo.parallel import zero
+    from fastvideo.parallel.ema import EMA
 
     stage, dtype, offload = LAYOUTS[layout]
     initialize = deepspeed.initialize
@@ -79,8 +79,8 @@ def start(layout: str):
 
 def update(engine, ema, updates: range) -> None:
     """The same data on every process, so that the number of processes changes no gradient."""
-    from fastvideo import zero
-    from fastvideo.distributed import keyed_generator
+    from fastvideo.parallel import zero
+    from fastvideo.parallel.distributed import keyed_generator
 
     for index in updates:
         x = torch.randn(3, 7, generator=keyed_generator(0, "x", index)).to(engine.module.dtype)
@@ -90,8 +90,8 @@ def update(engine, ema, updates: range) -> None:
 
 def check_fragments(engine, layout: str) -> None:
     """The shards of a fresh engine hold the module's parameters, each trainable element once (at stage 0, once on each process)."""
-    from fastvideo import shards
-    from fastvideo.distributed import all_gather_object
+    from fastvideo.parallel import shards
+    from fastvideo.parallel.distributed import all_gather_object
 
     expected = {name: parameter.detach().float().flatten() for name, parameter in Odd(engine.module.dtype).named_parameters()}
     fragments = shards.fragments(engine)
@@ -122,7 +122,8 @@ def sources(scope: str, world: int, layout: str) -> list[tuple[int, str]]:
 
 def main(folder: Path, scope: str, phase: str) -> None:
     """On each process: save a checkpoint at every layout in the middle of training, or go on from those at `sources`."""
-    from fastvideo import checkpoint, distributed
+    from fastvideo.parallel import distributed
+    from fastvideo.runs import checkpoint
 
     ranks = distributed.init(timeout_minutes=1)
     last = UPDATES_BEFORE + UPDATES_AFTER

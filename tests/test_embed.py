@@ -19,9 +19,10 @@ import torch.distributed as dist
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from fastvideo.distributed import UserError, exit_code_of
-from fastvideo.embedding_cache import EmbeddingCache
-from fastvideo.fingerprint import check_encoder
+from fastvideo.embeddings.cache import EmbeddingCache
+from fastvideo.embeddings.fingerprint import check_encoder
+from fastvideo.errors import UserError
+from fastvideo.parallel.distributed import exit_code_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODELS = REPOSITORY / "shapes" / "models"
@@ -185,7 +186,7 @@ def test_skyreels_cache_has_the_posterior_mean_of_each_image(image_file, tmp_pat
 
     # A cache made when pictures were read otherwise, here without regard for the transparency, is not gone on with.
     with monkeypatch.context() as patch:
-        patch.setattr("fastvideo.encoders.to_rgb", lambda image: image.convert("RGB"))
+        patch.setattr("fastvideo.embeddings.encoders.to_rgb", lambda image: image.convert("RGB"))
         image_file.with_name("first.png").write_bytes(transparent)
         embed("skyreels", image_file, tmp_path / "old", *SIZE)
     assert "holds other prompts than this run" in error_of(capsys, "skyreels", image_file, tmp_path / "old", *SIZE)
@@ -248,7 +249,7 @@ def test_launcher_passes_its_flags_on(tmp_path, family):
     repository = tmp_path / "repository"
     (repository / "scripts").mkdir(parents=True)
     launcher = shutil.copy(REPOSITORY / "scripts" / f"preprocess_{family}.sh", repository / "scripts")
-    (repository / "scripts" / "setup.sh").write_text(f'set -euo pipefail\nrepository="{repository}"\nrendezvous=(--standalone)\n')
+    (repository / "scripts" / "setup.sh").write_text(f'set -euo pipefail\nrepository="{repository}"\nrendezvous=(--standalone) GPUS=3\n')
     for program in ("torchrun", "python"):
         (tmp_path / program).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
         (tmp_path / program).chmod(0o755)
@@ -260,6 +261,6 @@ def test_launcher_passes_its_flags_on(tmp_path, family):
     environment["OUTPUT_DIR"] = "cache"
     arguments = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     assert arguments[:6] == [f"{repository}/preprocess/check_model.py", "model dir", "--family", family, "--use", "embedding"]
-    assert f"{repository}/preprocess/embed_{family}.py" in arguments
+    assert arguments[6:10] == ["--standalone", "--nproc_per_node", "3", f"{repository}/preprocess/embed_{family}.py"]
     assert "model dir" in arguments[6:]
     assert arguments[-2:] == ["--batch_size", "8"]

@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from fastvideo.distributed import exit_code_of
-from fastvideo.embedding_cache import EmbeddingCache
+from fastvideo.embeddings.cache import EmbeddingCache
+from fastvideo.parallel.distributed import exit_code_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = REPOSITORY / "preprocess" / "embed_flux.py"

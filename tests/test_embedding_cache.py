@@ -17,12 +17,13 @@ import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastvideo import fingerprint
-from fastvideo.distributed import Ranks, UserError, init
-from fastvideo.embedding_cache import EmbeddingCache, write_cache
-from fastvideo.fingerprint import check_encoder, encoder_fingerprint
-from fastvideo.prompts import read_prompts
-from fastvideo.tokenizers import own_digest
+from fastvideo.embeddings import fingerprint
+from fastvideo.embeddings.cache import EmbeddingCache, write_cache
+from fastvideo.embeddings.fingerprint import check_encoder, encoder_fingerprint
+from fastvideo.embeddings.prompts import read_prompts
+from fastvideo.errors import UserError
+from fastvideo.models.tokenizers import own_digest
+from fastvideo.parallel.distributed import Ranks, init
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = [{"prompt": f"prompt {i}", "extra": i} for i in range(7)]
@@ -125,7 +126,7 @@ def test_opening_and_reading_200_mb_stays_out_of_memory(ranks, tmp_path):
     )
     script = f"""
 import psutil
-from fastvideo.embedding_cache import EmbeddingCache
+from fastvideo.embeddings.cache import EmbeddingCache
 mebibytes = lambda: psutil.Process().memory_info().rss / 2**20
 before = mebibytes()
 cache = EmbeddingCache({str(tmp_path / "big")!r})
@@ -290,8 +291,8 @@ def test_output_dir_that_is_a_file(ranks, tmp_path):
 WRITER = """
 import sys, time
 from pathlib import Path
-from fastvideo.distributed import init, run
-from fastvideo.embedding_cache import write_cache
+from fastvideo.parallel.distributed import init, run
+from fastvideo.embeddings.cache import write_cache
 from tests.test_embedding_cache import FINGERPRINT, ROWS, encode
 hang = Path(sys.argv[2]) if len(sys.argv) > 2 else None
 

@@ -15,8 +15,8 @@ from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from evaluate import media_of, pipeline_arguments, use_trained_sampler
-from fastvideo.distributed import Ranks, keyed_generator
-from fastvideo.embedding_cache import EmbeddingCache
+from fastvideo.embeddings.cache import EmbeddingCache
+from fastvideo.parallel.distributed import Ranks, keyed_generator
 
 PROMPTS = REPOSITORY / "shapes" / "prompts"
 

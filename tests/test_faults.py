@@ -15,10 +15,11 @@ import torch.distributed as dist
 from conftest import MODEL, REPOSITORY, TRAIN, run_script, start_forked
 from test_resume import assert_same_run
 
-from fastvideo import integrity
-from fastvideo.distributed import Ranks, UserError, init
-from fastvideo.embedding_cache import EmbeddingCache
-from fastvideo.tracking import Tracker, read_metrics
+from fastvideo.embeddings.cache import EmbeddingCache
+from fastvideo.errors import UserError
+from fastvideo.parallel.distributed import Ranks, init
+from fastvideo.runs import integrity
+from fastvideo.runs.tracking import Tracker, read_metrics
 
 EMBED = REPOSITORY / "preprocess" / "embed_flux.py"
 
@@ -162,7 +163,8 @@ def test_end_of_metrics_that_a_kill_cut_off(ranks, tmp_path, rest):
 MISHAP = """
 import os, resource, sys, time
 import train_grpo_flux
-from fastvideo import checkpoint, distributed
+from fastvideo.parallel import distributed
+from fastvideo.runs import checkpoint
 
 def fill_disk():
     with open("DISK/filler", "ab", buffering=0) as file:

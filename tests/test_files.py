@@ -13,9 +13,9 @@ import pytest
 from conftest import REPOSITORY
 from PIL import Image
 
-from fastvideo.distributed import UserError
-from fastvideo.encoders import read_image
-from fastvideo.prompts import read_prompts
+from fastvideo.embeddings.encoders import read_image
+from fastvideo.embeddings.prompts import read_prompts
+from fastvideo.errors import UserError
 from fastvideo.rewards.wire import unpack
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)

@@ -42,14 +42,17 @@ from safetensors.torch import save_file
 from test_videoalign_reward import write_videoalign
 
 import evaluate
-from fastvideo import checkpoint, encoders, guards, integrity, pretrained, run_folder, tracking
-from fastvideo.distributed import Ranks, UserError, init
-from fastvideo.embedding_cache import EmbeddingCache, write_cache
+from fastvideo.embeddings import encoders
+from fastvideo.embeddings.cache import EmbeddingCache, write_cache
+from fastvideo.embeddings.prompts import read_prompts
+from fastvideo.errors import UserError
 from fastvideo.files import crc32
 from fastvideo.media import read_video, save_video
-from fastvideo.prompts import read_prompts
+from fastvideo.models import pretrained
+from fastvideo.parallel.distributed import Ranks, init
+from fastvideo.parallel.shards import Fragment
 from fastvideo.rewards import load_rewards, parse_rewards, score
-from fastvideo.shards import Fragment
+from fastvideo.runs import checkpoint, guards, integrity, run_folder, tracking
 
 sys.path.insert(0, str(REPOSITORY / "preprocess"))
 import make_reference_images

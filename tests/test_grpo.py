@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from fastvideo.distributed import UserError, keyed_generator
-from fastvideo.prompts import draw_prompts
+from fastvideo.embeddings.prompts import draw_prompts
+from fastvideo.errors import UserError
+from fastvideo.parallel.distributed import keyed_generator
 from train_grpo_flux import best_of_n, check_ratio, group_advantages, grpo_loss, reference_kl, sde_step, select_timesteps
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from conftest import largest_difference, metrics_of, weights_of
 
-from fastvideo import guards
-from fastvideo.guards import EVALUATIONS, HISTORY, SPIKES, WINDOW
+from fastvideo.runs import guards
+from fastvideo.runs.guards import EVALUATIONS, HISTORY, SPIKES, WINDOW
 
 CLIP_RANGE = 1e-4
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from golden import make_hps as golden
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.rewards import load_rewards, parse_rewards, score
 from fastvideo.rewards.clip import load_clip
 from fastvideo.rewards.hpsv2 import load_hpsv2

@@ -21,7 +21,7 @@ import torch
 from conftest import FORK_SERVER, REPOSITORY, flag_list, largest_difference, run_in_fork, start_fork_server, weights_of
 from PIL import Image
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.media import save_video, to_pil
 from fastvideo.rewards import http as http_reward
 from fastvideo.rewards import load_rewards, parse_rewards, score

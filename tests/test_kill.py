@@ -15,7 +15,7 @@ import pytest
 from conftest import MODEL, REPOSITORY, run_script, start_forked
 from test_resume import assert_same_run, lines_of
 
-from fastvideo import integrity
+from fastvideo.runs import integrity
 
 EMBED = REPOSITORY / "preprocess" / "embed_flux.py"
 
@@ -23,7 +23,8 @@ EMBED = REPOSITORY / "preprocess" / "embed_flux.py"
 RECORDED = """
 import os, time
 import train_grpo_flux
-from fastvideo import checkpoint, distributed, zero
+from fastvideo.parallel import distributed, zero
+from fastvideo.runs import checkpoint
 
 progress = open("PROGRESS", "a", buffering=1) if distributed.launch_rank() == 0 else open(os.devnull, "w")
 phase = None

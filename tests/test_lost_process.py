@@ -15,7 +15,7 @@ from conftest import ENVIRONMENT, REPOSITORY, TRAIN, command, start_forked
 WORKER = """
 import os, sys, time
 import torch, torch.distributed as dist
-from fastvideo import distributed
+from fastvideo.parallel import distributed
 
 def main():
     ranks = distributed.init(timeout_minutes=float(sys.argv[1]) / 60)
@@ -223,7 +223,7 @@ HANGING_TRAINING = """
 import sys, threading, time
 import torch, torch.distributed as dist
 import train_grpo_flux
-from fastvideo import distributed, zero
+from fastvideo.parallel import distributed, zero
 
 moment, culprit = sys.argv.pop(1), int(sys.argv.pop(1))
 calls, threads = 0, {}

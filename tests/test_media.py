@@ -9,7 +9,7 @@ from matplotlib import font_manager
 from PIL import Image, ImageFont
 
 from fastvideo import media
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.media import film_strip, read_video, save_samples, save_video
 from shapes.video import VIDEO_SPECS, render_clips, tracks
 

@@ -14,8 +14,8 @@ from conftest import EVALUATE, REPOSITORY, run_script
 from safetensors.torch import load_file, save_file
 
 from evaluate import use_trained_sampler
-from fastvideo.distributed import UserError
-from fastvideo.model_folder import FAMILIES, check_model
+from fastvideo.errors import UserError
+from fastvideo.models.model_folder import FAMILIES, check_model
 from train_grpo_flux import time_schedule
 
 MODELS = REPOSITORY / "shapes" / "models"

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from conftest import MODEL, REPOSITORY, SMALL_RUN, metrics_of, run_script
 from PIL import Image, ImageDraw, ImageFont
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.rewards import load_rewards, parse_rewards, score
 from fastvideo.rewards.ocr import check_rows, edit_distance, in_reading_order, load_ocr, normalise, quoted_text, similarity
 
@@ -279,7 +279,7 @@ import sys
 
 import torch
 import train_grpo_flux
-from fastvideo import distributed
+from fastvideo.parallel import distributed
 
 sys.path.insert(0, {str(REPOSITORY / "tests")!r})
 from test_ocr_reward import draw, to_media

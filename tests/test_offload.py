@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, TRAIN, flag_list
 
-CHECK = (
-    "import torch; from fastvideo import zero; from fastvideo.distributed import run; run(lambda: zero.check_stage(1, True, torch.float32))"
-)
+CHECK = "import torch; from fastvideo.parallel import distributed, zero; distributed.run(lambda: zero.check_stage(1, True, torch.float32))"
 
 
 def check(**environment: str) -> subprocess.CompletedProcess:

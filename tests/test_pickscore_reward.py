@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.rewards import load_rewards, parse_rewards
 from fastvideo.rewards.clip import load_clip
 from fastvideo.rewards.pickscore import load_pickscore

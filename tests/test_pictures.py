@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastvideo.distributed import UserError
-from fastvideo.encoders import read_image
+from fastvideo.embeddings.encoders import read_image
+from fastvideo.errors import UserError
 from fastvideo.rewards.wire import unpack
 
 GREY = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (64, 1))  # (64, 64), black to white

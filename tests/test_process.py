@@ -13,9 +13,9 @@ import torch
 import torch.distributed as dist
 from conftest import ENVIRONMENT, FORK_SERVER, REPOSITORY, start_fork_server
 
-from fastvideo import distributed
-from fastvideo.distributed import UserError
-from fastvideo.stop import Stopped
+from fastvideo.errors import UserError
+from fastvideo.parallel import distributed
+from fastvideo.runs.stop import Stopped
 
 ENDS = {"success": 0, "error": 1, "user error": 2, "signal": 143, "sys.exit": 7}
 
@@ -70,7 +70,7 @@ def test_exit_codes_are_exact(tmp_path):
 # What a process does at its end: the rest of its output, a thread that still writes, whoever has registered with atexit.
 AT_THE_END = """
 import atexit, sys, threading, time
-from fastvideo import distributed
+from fastvideo.parallel import distributed
 
 def main():
     distributed.init()
@@ -111,7 +111,7 @@ def run(script: Path, word: str, folder: Path) -> subprocess.CompletedProcess:
 # A reader that leaves after the first line, as `| head -1` does.
 WITHOUT_READER = """
 import sys, time
-from fastvideo import distributed
+from fastvideo.parallel import distributed
 
 def main():
     print("first", flush=True)

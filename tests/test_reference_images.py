@@ -11,7 +11,7 @@ from conftest import MODEL, PROMPTS, REPOSITORY, launch, run_script, start_forke
 from diffusers import FluxPipeline
 from PIL import Image
 
-from fastvideo.distributed import keyed_generator
+from fastvideo.parallel.distributed import keyed_generator
 
 SCRIPT = REPOSITORY / "preprocess" / "make_reference_images.py"
 LINES = PROMPTS.read_text().splitlines()

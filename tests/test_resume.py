@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import ENVIRONMENT, MODEL, REPOSITORY, TRAIN, command, metrics_of, run_script, start_forked, weights_of
 
-from fastvideo.distributed import UserError
-from fastvideo.run_folder import _lock, _meaning
+from fastvideo.errors import UserError
+from fastvideo.runs.run_folder import _lock, _meaning
 
 
 def lines_of(run: Path) -> int:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import REPOSITORY, metrics_of
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.rewards import load_rewards, parse_rewards
 from fastvideo.rewards.preflight import preflight, preflight_alone
 from fastvideo.rewards.statistics import group_statistics

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import fastvideo.rewards
-from fastvideo.distributed import UserError, keyed_generator
+from fastvideo.errors import UserError
+from fastvideo.parallel.distributed import keyed_generator
 from fastvideo.rewards import RewardSpec, load_rewards, score
 
 MEDIA = torch.linspace(-1, 1, 2 * 3 * 4 * 4).view(2, 3, 4, 4)

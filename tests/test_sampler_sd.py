@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from train_grpo_sd import Schedule, predict, sde_step, time_schedule
 
 BETAS = {

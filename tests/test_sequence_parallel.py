@@ -7,8 +7,8 @@ import pytest
 import torch
 from conftest import run_script
 
-from fastvideo.distributed import UserError
-from fastvideo.sequence_parallel import SequenceGroup, share_tokens
+from fastvideo.errors import UserError
+from fastvideo.parallel.sequence_parallel import SequenceGroup, share_tokens
 
 WORKER = Path(__file__).with_name("sequence_parallel_worker.py")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fastvideo.distributed import UserError
-from fastvideo.prompts import read_prompts
+from fastvideo.embeddings.prompts import read_prompts
+from fastvideo.errors import UserError
 from fastvideo.rewards import load_rewards, parse_rewards, score
 from shapes import world
 from shapes.checker import check, detect

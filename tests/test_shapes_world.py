@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.rewards.shapes import load_aesthetic, load_shapes, load_shapes_strict
 from shapes.checker import aesthetic, check, detect
 from shapes.evaluation import different

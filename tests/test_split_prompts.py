@@ -12,8 +12,8 @@ from conftest import REPOSITORY, command
 sys.path.insert(0, str(REPOSITORY / "preprocess"))
 import split_prompts
 
-from fastvideo.distributed import UserError
-from fastvideo.prompts import read_prompts
+from fastvideo.embeddings.prompts import read_prompts
+from fastvideo.errors import UserError
 
 SCRIPT = REPOSITORY / "preprocess" / "split_prompts.py"
 COLOURS = ("red", "green", "blue", "yellow", "black", "white")

@@ -8,15 +8,15 @@ import pytest
 import torch
 from conftest import REPOSITORY, TRAIN, metrics_of, run_script
 
-from fastvideo import reference
-from fastvideo.shards import set_updates
+from fastvideo.parallel import reference
+from fastvideo.parallel.shards import set_updates
 
 MODELS = [REPOSITORY / "shapes" / "models" / family for family in ("flux", "sd", "hunyuan", "skyreels", "wan")]
 # Counts how often the reference's weights are taken to the device, in a run that is otherwise the script's own.
 COUNTING = f"""
 import runpy, sys
 from contextlib import contextmanager
-from fastvideo.reference import InitialWeights
+from fastvideo.parallel.reference import InitialWeights
 
 applied = InitialWeights.applied
 

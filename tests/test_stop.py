@@ -14,8 +14,8 @@ import pytest
 from conftest import ENVIRONMENT, REPOSITORY, TRAIN, command, flag_list, start_forked
 from test_resume import assert_same_run
 
-from fastvideo import stop
-from fastvideo.tracking import read_metrics
+from fastvideo.runs import stop
+from fastvideo.runs.tracking import read_metrics
 
 ENDLESS = {"--iterations": 500, "--checkpoint_every": 1000}
 

@@ -19,14 +19,15 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
 
-from fastvideo import tokenizers
-from fastvideo.distributed import UserError, exit_code_of, init
-from fastvideo.embedding_cache import EmbeddingCache, write_cache
-from fastvideo.encoders import in_template, load_encoders
-from fastvideo.fingerprint import check_encoder, encoder_fingerprint
-from fastvideo.pretrained import load_pipeline
+from fastvideo.embeddings.cache import EmbeddingCache, write_cache
+from fastvideo.embeddings.encoders import in_template, load_encoders
+from fastvideo.embeddings.fingerprint import check_encoder, encoder_fingerprint
+from fastvideo.errors import UserError
+from fastvideo.models import tokenizers
+from fastvideo.models.pretrained import load_pipeline
+from fastvideo.models.tokenizers import load_tokenizer, load_tokenizers, own_digest, own_token_ids, token_digest, token_ids
+from fastvideo.parallel.distributed import exit_code_of, init
 from fastvideo.rewards.clip import load_clip_folder
-from fastvideo.tokenizers import load_tokenizer, load_tokenizers, own_digest, own_token_ids, token_digest, token_ids
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MODELS = REPOSITORY / "shapes" / "models"

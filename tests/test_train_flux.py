@@ -6,8 +6,8 @@ from conftest import MODEL, TRAIN, largest_difference, launch, metrics_of, weigh
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
 import train_grpo_flux
-from fastvideo.distributed import Ranks, keyed_generator
-from fastvideo.embedding_cache import EmbeddingCache
+from fastvideo.embeddings.cache import EmbeddingCache
+from fastvideo.parallel.distributed import Ranks, keyed_generator
 
 # ------------------------------------------------------------------------------------------- the ratio before the first update
 
@@ -71,7 +71,7 @@ FOUR_PROMPTS = {"--iterations": 5, "--prompts_per_iteration": 4, "--timestep_fra
 SHARD_EVERYTHING = """
 import deepspeed
 import train_grpo_flux
-from fastvideo import distributed
+from fastvideo.parallel import distributed
 
 initialize = deepspeed.initialize
 
@@ -137,7 +137,7 @@ def test_stage_3_with_every_tensor_sharded(train, one_process, tmp_path, flags):
 COUNT_DECODED = """
 import os
 import train_grpo_flux
-from fastvideo import distributed
+from fastvideo.parallel import distributed
 
 decode = train_grpo_flux.decode
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import REPOSITORY, SMALL_RUN, metrics_of, run_script
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.media import read_video
 from fastvideo.rewards import load_rewards, parse_rewards, score, videoalign
 from fastvideo.rewards.videoalign import (

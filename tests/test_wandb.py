@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import TRAIN, run_script
 
-from fastvideo.distributed import UserError, init
-from fastvideo.tracking import Tracker, check
+from fastvideo.errors import UserError
+from fastvideo.parallel.distributed import init
+from fastvideo.runs.tracking import Tracker, check
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -20,12 +20,12 @@ import torch
 import torch.distributed as dist
 from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel
 
-from fastvideo import distributed, zero
-from fastvideo.distributed import Ranks
-from fastvideo.ema import EMA
-from fastvideo.models import flux, hunyuan
-from fastvideo.pretrained import add_lora
-from fastvideo.shards import fragments, master_shards
+from fastvideo.models.pretrained import add_lora
+from fastvideo.parallel import distributed, zero
+from fastvideo.parallel.distributed import Ranks
+from fastvideo.parallel.ema import EMA
+from fastvideo.parallel.networks import flux, hunyuan
+from fastvideo.parallel.shards import fragments, master_shards
 
 SHARES = [0.5, 0.2, 0.3]  # of the update's loss: one for each micro-batch
 LEARNING_RATE, MAX_GRAD_NORM = 80.0, 0.05

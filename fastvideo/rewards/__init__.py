@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.rewards.clip import load_clip
 from fastvideo.rewards.hpsv2 import load_hpsv2
 from fastvideo.rewards.http import load_http

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastvideo.distributed import UserError, compute_dtype
-from fastvideo.tokenizers import load_tokenizer
+from fastvideo.errors import UserError
+from fastvideo.models.tokenizers import load_tokenizer
+from fastvideo.parallel.distributed import compute_dtype
 
 Reward = Callable[[torch.Tensor, list[dict]], torch.Tensor]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.rewards.clip import Reward, cosine_reward, normalise, saved
 from fastvideo.rewards.open_clip import MEAN, STD, build_clip, load_tokenizer, pad, read_checkpoint
 

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import torch
 
-from fastvideo.distributed import UserError, launch_rank, warn
+from fastvideo.errors import UserError, launch_rank, warn
 from fastvideo.rewards.wire import SAFETENSORS, pack
 
 MOST_BYTES = 128 * 2**20  # of media in one request of several samples

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 
 MARKS = '"“”„‟«»「」『』'
 STRAIGHT = str.maketrans({**dict.fromkeys(MARKS, '"'), **dict.fromkeys("‘’‚‛", "'"), **dict.fromkeys("–—", "-")})  # noqa: RUF001

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.rewards.clip import check_prepare, normalise, resize, saved, shortest_edge
 
 CONFIG = "open_clip_config.json"

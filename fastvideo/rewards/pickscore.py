@@ -2,7 +2,7 @@
 
 import torch
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.rewards.clip import Reward, cosine_reward, load_clip_folder
 
 

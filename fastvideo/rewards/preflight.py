@@ -6,9 +6,9 @@ import time
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from fastvideo.distributed import UserError, launch_rank
+from fastvideo.errors import UserError, launch_rank
+from fastvideo.parallel.devices import peak_memory_gib
 from fastvideo.rewards import Reward, score
-from fastvideo.tracking import peak_memory_gib
 
 # Rewards that must prefer a plain drawing to noise, and of which prompt: who cannot has no trained weights, or the wrong preprocessing.
 CIRCLE, SIGN = "a red circle", 'a sign that says "OPEN"'

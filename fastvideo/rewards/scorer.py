@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.rewards import REWARDS, Reward, score
 from fastvideo.rewards.wire import to_float
 

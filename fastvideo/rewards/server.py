@@ -27,9 +27,9 @@ from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse
 from starlette.requests import ClientDisconnect
 
-from fastvideo import devices, distributed
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.flags import check_numbers
+from fastvideo.parallel import devices, distributed
 from fastvideo.rewards import load_rewards, parse_rewards
 from fastvideo.rewards.preflight import preflight_alone
 from fastvideo.rewards.scorer import Scorer

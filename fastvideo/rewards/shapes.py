@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from shapes import video_checker
 from shapes.checker import aesthetic, check
 from shapes.video import parse_video

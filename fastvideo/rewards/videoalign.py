@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from fastvideo.distributed import UserError, compute_dtype, launch_rank
+from fastvideo.errors import UserError, launch_rank
 from fastvideo.media import save_video
+from fastvideo.parallel.distributed import compute_dtype
 from fastvideo.rewards.videoalign_checkpoint import HEADS, REWARD_TOKENS, load_checkpoint
 
 # The words of training, from VideoAlign's prompt_template.py (MIT license, Copyright (c) 2025 Kling Team, Kuaishou Technology):

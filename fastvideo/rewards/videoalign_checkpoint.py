@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from fastvideo.distributed import UserError
-from fastvideo.tokenizers import load_tokenizer
+from fastvideo.errors import UserError
+from fastvideo.models.tokenizers import load_tokenizer
 
 HEADS = ("VQ", "MQ", "TA")
 REWARD_TOKENS = [f"<|{head}_reward|>" for head in HEADS]

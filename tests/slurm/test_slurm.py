@@ -11,7 +11,7 @@ import cluster
 import pytest
 from conftest import ENVIRONMENT, MODEL, REPOSITORY, TRAIN, flag_list, metrics_of
 
-from fastvideo.embedding_cache import EmbeddingCache
+from fastvideo.embeddings.cache import EmbeddingCache
 
 pytestmark = pytest.mark.slurm
 

@@ -18,7 +18,7 @@ import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from fastvideo.distributed import UserError, first_line, warn
+from fastvideo.errors import UserError, first_line, warn
 
 PROBE = (  # what tokenizers differ in: spaces, lines, marks, digits, scripts, joined emoji, special tokens
     *("A cat walks on the grass, realistic style.", "  two  spaces,\ta tab\n\nand\r\nlines \n", "1 12 123 1234567 3D 4k"),

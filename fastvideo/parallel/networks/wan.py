@@ -7,9 +7,8 @@ from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_wan import WanAttention
 
-from fastvideo.distributed import Ranks
-from fastvideo.models import SequenceParallelProcessor, sequence_group
-from fastvideo.sequence_parallel import joint_attention, share_tokens
+from fastvideo.parallel.distributed import Ranks
+from fastvideo.parallel.sequence_parallel import SequenceParallelProcessor, joint_attention, sequence_group, share_tokens
 
 
 class WanProcessor(SequenceParallelProcessor):
@@ -47,7 +46,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 def parallelize(transformer: WanTransformer3DModel, ranks: Ranks) -> None:
-    """See `fastvideo.models`."""
+    """See `fastvideo.parallel.networks`."""
     group = sequence_group(transformer, ranks)
     if group is None:
         return

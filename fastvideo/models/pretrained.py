@@ -13,8 +13,9 @@ import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from peft import LoraConfig
 
-from fastvideo.distributed import Ranks, UserError, compute_dtype, first_line, on_main, together
-from fastvideo.tokenizers import load_tokenizers
+from fastvideo.errors import UserError, first_line
+from fastvideo.models.tokenizers import load_tokenizers
+from fastvideo.parallel.distributed import Ranks, compute_dtype, on_main, together
 
 MOST = 4096  # layers, positions whose angles are computed ahead, or tokens that are made up
 

@@ -5,7 +5,7 @@ import importlib.util
 import torch
 from diffusers import ModelMixin
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 
 
 def set_attention(model: ModelMixin, backend: str, device: torch.device, padded_text: bool = False) -> None:

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
+from fastvideo.parallel.distributed import Ranks
 
 
 class SequenceGroup:
@@ -168,3 +169,23 @@ def _gather_heads(output: torch.Tensor, num_heads: int, group: SequenceGroup) ->
     # Copies sent by an all-to-all, not an all-gather: its backward pass then sums what the processes' copies contribute.
     received = _AllToAll.apply(flat.repeat(group.size), [len(flat)] * group.size, receive, group)
     return received.view(num_heads, num_text, batch, head_dim).permute(2, 1, 0, 3)
+
+
+class SequenceParallelProcessor:
+    """Base of attention processors that know with whom they share the tokens."""
+
+    _attention_backend = None  # set by diffusers' set_attention_backend
+    _parallel_config = None  # diffusers' own context parallelism: not used
+
+    def __init__(self, group: SequenceGroup):
+        self.group = group
+
+
+def sequence_group(transformer: nn.Module, ranks: Ranks) -> SequenceGroup | None:
+    """The processes that are to share the tokens of `transformer`, None if sp_size is 1. Raises UserError for fewer attention heads."""
+    if ranks.sp_size == 1:
+        return None
+    heads = transformer.config.num_attention_heads
+    if heads < ranks.sp_size:
+        raise UserError(f"--sp_size {ranks.sp_size} is more than the {heads} attention heads of {type(transformer).__name__}")
+    return SequenceGroup(ranks.sp_group)

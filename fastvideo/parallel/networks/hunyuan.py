@@ -10,9 +10,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
-from fastvideo.distributed import Ranks
-from fastvideo.models import SequenceParallelProcessor, sequence_group
-from fastvideo.sequence_parallel import joint_attention, share_tokens
+from fastvideo.parallel.distributed import Ranks
+from fastvideo.parallel.sequence_parallel import SequenceParallelProcessor, joint_attention, sequence_group, share_tokens
 
 
 class HunyuanProcessor(SequenceParallelProcessor):
@@ -53,7 +52,7 @@ class HunyuanProcessor(SequenceParallelProcessor):
 
 
 def parallelize(transformer: HunyuanVideoTransformer3DModel, ranks: Ranks) -> None:
-    """See `fastvideo.models`."""
+    """See `fastvideo.parallel.networks`."""
     group = sequence_group(transformer, ranks)
     if group is None:
         return

@@ -13,8 +13,8 @@ import diffusers
 import torch
 import transformers
 
-from fastvideo.distributed import UserError, first_line
-from fastvideo.pretrained import reading
+from fastvideo.errors import UserError, first_line
+from fastvideo.models.pretrained import reading
 
 Use = Literal["training", "embedding", "evaluation"]
 

@@ -14,26 +14,13 @@ from typing import NoReturn, TypeVar
 import torch
 import torch.distributed as dist
 
-from fastvideo import devices
-from fastvideo.process import end_with
-from fastvideo.watch import FINISHED, Watch, from_collective
+from fastvideo.errors import UserError, launch_rank
+from fastvideo.parallel import devices
+from fastvideo.parallel.process import end_with
+from fastvideo.parallel.watch import FINISHED, Watch, from_collective
 
 T = TypeVar("T")
 _watch: Watch | None = None  # of the process group, which is global too
-
-
-class UserError(Exception):
-    """Something the user can mend. Its message is the whole story: it names the file or flag, and both values that disagree.
-
-    No ValueError: tyro would catch one that Args raises, and print it in a frame of its own.
-    """
-
-    def __init__(self, message: str):
-        """One line that can be printed and sent, whatever a library's error, a path or a prompt has brought into it."""
-        super().__init__(" ".join(line.strip() for line in message.encode(errors="backslashreplace").decode().splitlines()))
-
-    exit_code = 2
-    on_all_ranks = False  # whether all processes are known to have it, so that one may speak for all
 
 
 @dataclass(frozen=True)
@@ -75,17 +62,12 @@ class Ranks:
         return self.world_size // self.sp_size
 
 
-def launch_rank() -> int:
-    """The rank that torchrun gave this process (0 under plain python); usable before `init`."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def init(sp_size: int = 1, timeout_minutes: float = 30) -> Ranks:
     """Join the process group and return this process's place in it. GPU tensors travel by NCCL, CPU tensors and objects by gloo.
 
     Works under torchrun and under plain python, where the group has one member. `timeout_minutes` bounds every collective; a process
-    lost or hanging for that long ends the job, and is named (`fastvideo.watch`). Raises UserError if groups of `sp_size` do not fit the
-    number of processes, and for a missing GPU (`fastvideo.devices`).
+    lost or hanging for that long ends the job, and is named (watch.py). Raises UserError if groups of `sp_size` do not fit the number of
+    processes, and for a missing GPU (devices.py).
     """
     timeout = timedelta(minutes=timeout_minutes)
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it under plain python too
@@ -173,17 +155,6 @@ def exit_code_of(main: Callable[[], None]) -> int:
     return 0
 
 
-def first_line(error: Exception) -> str:
-    """What an error of a library says, without the pages that may follow."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def warn(message: str) -> None:
-    """One line on stderr, from rank 0 only."""
-    if launch_rank() == 0:
-        print(f"warning: {message}", file=sys.stderr, flush=True)
-
-
 def first_error(error: UserError | None) -> UserError | None:
     """Collective. The first of the errors that processes bring, on all of them, so that all stop together and rank 0 can say why."""
     first = next((raised for raised in all_gather_object(error) if raised is not None), None)
@@ -228,7 +199,7 @@ def collect_on_main(own: dict[int, torch.Tensor], owners: list[int]) -> torch.Te
     own: place -> this process's row (1, ...), all rows of one shape. owners: the rank that has each place; place 0 is rank 0's.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    # Not by send and receive: those count as collectives of the two alone, and by these counts `fastvideo.watch` finds who hangs.
+    # Not by send and receive: those count as collectives of the two alone, and by these counts `fastvideo.parallel.watch` finds who hangs.
     rows = [own[place].cpu().contiguous().view(torch.uint8).flatten() for place in sorted(own)]
     sent = torch.cat(rows) if rows else torch.empty(0, dtype=torch.uint8)
     sizes = [owners.count(owner) * rows[0].numel() if rank == 0 else 0 for owner in range(world_size)]  # bytes from each

@@ -9,7 +9,7 @@ from deepspeed import DeepSpeedEngine
 from diffusers import ModelMixin
 from torch import nn
 
-from fastvideo.zero import gathered
+from fastvideo.parallel.zero import gathered
 
 
 class InitialWeights:

@@ -4,8 +4,6 @@ import json
 import math
 import os
 import re
-import resource
-import sys
 import tempfile
 import threading
 import time
@@ -19,10 +17,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fastvideo import devices
-from fastvideo.distributed import UserError, all_gather_object, on_main, warn
+from fastvideo.parallel import devices
+from fastvideo.parallel.devices import peak_memory_gib
+from fastvideo.parallel.distributed import all_gather_object, on_main
+from fastvideo.errors import UserError, warn
 from fastvideo.files import whole_file, writing
-from fastvideo.integrity import naming_the_last
+from fastvideo.runs.integrity import naming_the_last
 from fastvideo.media import save_samples
 
 
@@ -169,14 +169,6 @@ def costs(timer: Timer, num_samples: int) -> dict[str, float]:
     metrics = {f"time/{name}_s": seconds for name, seconds in timer.seconds.items()}
     metrics["throughput/samples_per_s"] = num_samples / timer.seconds["iteration"]
     return metrics | {"memory/peak_gib": max(all_gather_object(peak_memory_gib()))}
-
-
-def peak_memory_gib() -> float:
-    """Peak GPU memory of this process in GiB; without a GPU, its peak resident memory."""
-    if devices.on_gpu():
-        return torch.cuda.max_memory_allocated() / 2**30
-    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
-    return kibibytes / 2**20
 
 
 def read_metrics(output_dir: Path) -> list[dict[str, float]]:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from deepspeed import DeepSpeedEngine
 
-from fastvideo.shards import master_shards, refresh_weights
+from fastvideo.parallel.shards import master_shards, refresh_weights
 
 
 class EMA:

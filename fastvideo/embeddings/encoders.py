@@ -18,10 +18,11 @@ from diffusers import DiffusionPipeline
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from fastvideo.distributed import Ranks, UserError, compute_dtype, first_line, init
+from fastvideo.errors import UserError, first_line
 from fastvideo.media import to_rgb
-from fastvideo.pretrained import reading
-from fastvideo.tokenizers import load_tokenizers
+from fastvideo.models.pretrained import reading
+from fastvideo.models.tokenizers import load_tokenizers
+from fastvideo.parallel.distributed import Ranks, compute_dtype, init
 
 FORMATS = ("PNG", "JPEG", "WEBP", "AVIF", "BMP", "GIF", "TIFF")  # of pictures; PIL would run Ghostscript on a PostScript file
 UNCONDITIONAL = {"prompt": ""}  # no row of `read_prompts` has an empty prompt

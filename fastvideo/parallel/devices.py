@@ -3,7 +3,9 @@
 import json
 import os
 import re
+import resource
 import socket
+import sys
 from datetime import timedelta
 from pathlib import Path
 
@@ -12,11 +14,19 @@ import torch.distributed as dist
 from torch.distributed.elastic.utils.store import synchronize
 
 DEV, DRIVER = Path("/dev"), Path("/proc/driver/nvidia/version")
-CPU_ASKED = os.environ.get("DS_ACCELERATOR") == "cpu"  # by who starts the run: later `fastvideo.zero` sets it for DeepSpeed
+CPU_ASKED = os.environ.get("DS_ACCELERATOR") == "cpu"  # by who starts the run: later `fastvideo.parallel.zero` sets it for DeepSpeed
 
 
 def on_gpu() -> bool:
     return torch.cuda.is_available() and not CPU_ASKED
+
+
+def peak_memory_gib() -> float:
+    """Peak GPU memory of this process in GiB; without a GPU, its peak resident memory."""
+    if on_gpu():
+        return torch.cuda.max_memory_allocated() / 2**30
+    kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    return kibibytes / 2**20
 
 
 def own_fault() -> str:

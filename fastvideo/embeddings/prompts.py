@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from fastvideo.distributed import UserError, keyed_generator
+from fastvideo.errors import UserError
+from fastvideo.parallel.distributed import keyed_generator
 
 # Control characters that a prompt may not have: in a text file all but tabs, in JSON all but tabs and line breaks.
 CONTROL = {".txt": re.compile(r"[\x00-\x08\n-\x1f\x7f-\x9f]"), ".jsonl": re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import cpp_extension
 
-from fastvideo import devices
+from fastvideo.parallel import devices
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if devices.on_gpu() else "cpu")
 
@@ -21,7 +21,8 @@ import deepspeed
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.utils import logger as deepspeed_logger
 
-from fastvideo.distributed import UserError, first_line, new_group
+from fastvideo.errors import UserError, first_line
+from fastvideo.parallel.distributed import new_group
 
 deepspeed_logger.setLevel("ERROR")
 # Only a faster all-reduce inside one CPU host, for which DeepSpeed would run the compiler for a minute at the first start.

@@ -9,9 +9,8 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention
 from torch import nn
 
-from fastvideo.distributed import Ranks
-from fastvideo.models import SequenceParallelProcessor, sequence_group
-from fastvideo.sequence_parallel import joint_attention, share_tokens
+from fastvideo.parallel.distributed import Ranks
+from fastvideo.parallel.sequence_parallel import SequenceParallelProcessor, joint_attention, sequence_group, share_tokens
 
 
 class FluxProcessor(SequenceParallelProcessor):
@@ -53,7 +52,7 @@ class FluxProcessor(SequenceParallelProcessor):
 
 
 def parallelize(transformer: FluxTransformer2DModel, ranks: Ranks) -> None:
-    """See `fastvideo.models`."""
+    """See `fastvideo.parallel.networks`."""
     group = sequence_group(transformer, ranks)
     if group is None:
         return

@@ -9,9 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from fastvideo.distributed import UserError, on_main, warn
-from fastvideo.embedding_cache import EmbeddingCache, refuse_difference
-from fastvideo.tokenizers import own_digest
+from fastvideo.embeddings.cache import EmbeddingCache, refuse_difference
+from fastvideo.errors import UserError, warn
+from fastvideo.models.tokenizers import own_digest
+from fastvideo.parallel.distributed import on_main
 
 SETTINGS = ("config.json", "scheduler_config.json", "preprocessor_config.json")
 SETTINGS += ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")

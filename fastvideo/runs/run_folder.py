@@ -15,8 +15,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fastvideo import checkpoint, tracking
-from fastvideo.distributed import Ranks, UserError, on_main, warn
+from fastvideo.runs import checkpoint, tracking
+from fastvideo.parallel.distributed import Ranks, on_main
+from fastvideo.errors import UserError, warn
 from fastvideo.files import whole_file
 
 PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "peft", "safetensors")

@@ -11,8 +11,9 @@ from pathlib import Path
 from statistics import fmean, median, pstdev
 from typing import Any, NamedTuple
 
-from fastvideo.distributed import UserError, on_main, warn
-from fastvideo.tracking import read_metrics
+from fastvideo.parallel.distributed import on_main
+from fastvideo.errors import UserError, warn
+from fastvideo.runs.tracking import read_metrics
 
 Rows = list[dict[str, float]]
 

@@ -18,8 +18,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from fastvideo.distributed import Ranks, UserError, all_gather_object, on_main, together
+from fastvideo.errors import UserError
 from fastvideo.files import whole_file
+from fastvideo.parallel.distributed import Ranks, all_gather_object, on_main, together
 
 Encode = Callable[[list[dict]], dict[str, torch.Tensor]]
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from fastvideo.distributed import UserError
+from fastvideo.errors import UserError
 from fastvideo.files import crc32
 
 STATE_TYPES = {"iteration": int, "updates": int, "dtype": str, "ema": bool, "files": dict, "parameters": dict}
