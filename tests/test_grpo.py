@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastvideo.embeddings.prompts import draw_prompts
+from fastvideo.embeddings.prompts import shuffled_prompts
 from fastvideo.errors import UserError
 from fastvideo.parallel.distributed import keyed_generator
 from train_grpo_flux import best_of_n, check_ratio, group_advantages, grpo_loss, reference_kl, sde_step, select_timesteps
@@ -78,11 +78,11 @@ def test_reference_kl_is_that_of_the_gaussians():
 
 
 def test_every_epoch_visits_every_prompt_once_in_an_order_of_its_own():
-    drawn = [i for iteration in range(1, 15) for i in draw_prompts(7, 3, iteration, seed=0)]  # 42 places: six epochs
+    drawn = [i for iteration in range(1, 15) for i in shuffled_prompts(7, 3, iteration, seed=0)]  # 42 places: six epochs
     epochs = [drawn[k : k + 7] for k in range(0, 42, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert draw_prompts(2, 5, 1, seed=0) != [] and len(draw_prompts(2, 5, 1, seed=0)) == 5  # more places than prompts
+    assert shuffled_prompts(2, 5, 1, seed=0) != [] and len(shuffled_prompts(2, 5, 1, seed=0)) == 5  # more places than prompts
 
 
 def test_random_draws_depend_on_their_key_alone():
