@@ -21,18 +21,14 @@ from fastvideo.embeddings.cache import EmbeddingCache
 from fastvideo.embeddings.prompts import shuffled_prompts
 from fastvideo.errors import UserError, warn
 from fastvideo.flags import check_numbers, check_size
-from fastvideo.models.pretrained import load_network, load_pretrained, prepare_network
+from fastvideo.models.pretrained import load_network, load_pretrained, prepare
 from fastvideo.parallel import distributed
 from fastvideo.parallel.distributed import Ranks, keyed_generator
 from fastvideo.parallel.networks.flux import parallelize
 from fastvideo.rewards import score
-from fastvideo.runs.flags import RunFlags, parse
-from fastvideo.runs.run import Run
+from fastvideo.runs.run import Run, RunFlags, parse
 
-Sample = tuple[int, int]  # its prompt's place among the P of an iteration, and its own in the group of G
-FAMILY = "flux"  # of the embedding caches that fit
-# What evaluate.py takes over from a run.
-SAMPLING = ("sampling_steps", "shift", "embedded_guidance", "height", "width", "max_sequence_length")
+SAMPLING = ("sampling_steps", "shift", "embedded_guidance", "height", "width", "max_sequence_length")  # what evaluation takes over
 
 # 1. Arguments =========================================================================================================
 
@@ -101,8 +97,8 @@ class Args(ModelFlags, AlgorithmFlags, RunFlags):
         if self.best_of_n % 2 or self.best_of_n > self.num_generations:
             raise UserError(f"--best_of_n is {self.best_of_n}, but must be even and at most --num_generations {self.num_generations}")
         if self.kept_generations % self.updates_per_iteration:
-            kept = f"--best_of_n {self.best_of_n}" if self.best_of_n else f"--num_generations {self.num_generations}"
-            raise UserError(f"--updates_per_iteration {self.updates_per_iteration} does not divide {kept}")
+            kept = "best_of_n" if self.best_of_n else "num_generations"
+            raise UserError(f"--updates_per_iteration {self.updates_per_iteration} does not divide --{kept} {self.kept_generations}")
         (start, count), most = self.sde_window or (0, self.sampling_steps - 1), self.sampling_steps - 1  # the last is never stochastic
         if start < 0 or count < 1 or start + count > most:
             raise UserError(f"--sde_window {start} {count} must lie within the first {most} of --sampling_steps {self.sampling_steps}")
@@ -165,7 +161,7 @@ def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[FluxTrans
     scale = 2 * 2 ** (len(vae.config.block_out_channels) - 1)  # pixels to a packed latent token: 16 for FLUX.1
     check_size(vars(args), pixels=scale)
     parallelize(transformer, ranks)
-    return prepare_network(transformer, args.attention, args.lora_rank, args.seed, args.gradient_checkpointing, ranks.device), vae
+    return prepare(transformer, args.attention, args.lora_rank, args.seed, args.gradient_checkpointing, ranks.device), vae
 
 
 def latent_shape(transformer: FluxTransformer2DModel, vae: AutoencoderKL, args: Args) -> tuple[int, ...]:
@@ -325,7 +321,7 @@ def reference_kl(transitions: dict, schedule: Tensor, u_hat: Tensor, noise_level
 
 def main() -> None:
     args = parse(Args, __doc__)
-    run = Run(args, FAMILY, __file__, args.sp_size)
+    run = Run(args, "flux", __file__, args.sp_size)
     transformer, vae = load_models(args, run.dtype, run.ranks)
     distributed.together(lambda: load_cond(run.cache, [0], transformer, vae, args))  # a cache that does not fit is refused now
     updates = split_into_updates(args, run.ranks)
@@ -335,7 +331,7 @@ def main() -> None:
     run.start(SAMPLING, decode(vae, torch.zeros(1, *shape, device=run.device), args))
 
     for _ in run:
-        # Line 2: a batch of prompts, of which each process has its share.
+        # Line 2: a batch of prompts, of which each process has its share. A sample is (place of its prompt, its own in the group).
         prompts = draw_prompts(run)
         samples = [(place, g) for place in prompts for g in range(args.num_generations)]
         cond = distributed.together(lambda drawn=prompts: load_cond(run.cache, list(drawn.values()), transformer, vae, args))
@@ -345,10 +341,10 @@ def main() -> None:
 
         with run.saved_on_failure():
             # Lines 3 to 5: G samples of each prompt from the old policy, which is the current one.
-            trajectory, x0_hat = sample_groups(samples, cond, trained_steps, schedule, shape, run)
+            trajectory = sample_groups(samples, cond, trained_steps, schedule, shape, run)
 
             # Line 6: their rewards.
-            scores = score_samples(x0_hat, prompts, vae, run)
+            scores = score_samples(trajectory.pop("x0_hat"), prompts, vae, run)
         rewards = run.of_all_prompts(scores, args.num_generations)
 
         # Lines 7 to 9: advantages within each prompt's group, and which samples are worth training on.
@@ -376,18 +372,16 @@ def draw_prompts(run: Run) -> dict[int, int]:
     return {place: drawn[place] for place in range(run.ranks.dp_rank * share, (run.ranks.dp_rank + 1) * share)}
 
 
-def draw_steps(samples: list[Sample], run: Run) -> Tensor:
+def draw_steps(samples: list[tuple], run: Run) -> Tensor:
     """Which transitions of each sample are trained, (len(samples), K)."""
     steps, generators = run.args.stochastic_steps, run.generators("timesteps", samples)
     return steps.start + select_timesteps(generators, len(steps), run.args.timestep_fraction, run.args.timestep_selection)
 
 
-def sample_groups(
-    samples: list[Sample], cond: dict, trained_steps: Tensor, schedule: Tensor, shape: tuple[int, ...], run: Run
-) -> tuple[dict[str, Tensor], Tensor]:
-    """`rollout` of all samples, in batches: the trajectories {name: (samples, K, ...)}, and the clean latents (samples, *shape)."""
-    args, parts, latents = run.args, [], []
-    noise_levels = [args.noise_level if step in args.stochastic_steps else 0.0 for step in range(args.sampling_steps)]
+def sample_groups(samples: list, cond: dict, trained_steps: Tensor, schedule: Tensor, shape: tuple, run: Run) -> dict:
+    """`rollout` of all samples, in batches: their trajectories {name: (samples, K, ...)}, and clean latents "x0_hat" (samples, *shape)."""
+    args, parts = run.args, []
+    noise_levels = [args.noise_level * (step in args.stochastic_steps) for step in range(args.sampling_steps)]
     with run.sampling():
         for batch in run.batches(len(samples)):
             keys = [samples[i] for i in batch]
@@ -396,23 +390,19 @@ def sample_groups(
             batch_cond = {name: tensor[batch.to(run.device) // args.num_generations] for name, tensor in cond.items()}
             noise = run.generators("step_noise", keys)
             kept, x0_hat = rollout(run.policy, batch_cond, z_1, schedule, noise_levels, noise, trained_steps[batch])
-            parts.append(kept)
-            latents.append(x0_hat)
-    return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}, torch.cat(latents)
+            parts.append(kept | {"x0_hat": x0_hat})
+    return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 
 
 @torch.no_grad()
-def score_samples(x0_hat: Tensor, prompts: dict[int, int], vae: AutoencoderKL, run: Run) -> dict[str, Tensor]:
-    """Rewards of the samples, name -> (samples,), with zeros where another process of the sequence-parallel group decodes and scores."""
-    rows = [run.cache.rows[prompt] for prompt in prompts.values() for _ in range(run.args.num_generations)]
-    scores = {name: torch.zeros(len(x0_hat)) for name in run.rewards}
+def score_samples(x0_hat: Tensor, prompts: dict[int, int], vae: nn.Module, run: Run) -> list[dict[str, Tensor]]:
+    """Rewards name -> (B,) of each batch of this process's samples, or of its share where a sequence-parallel group has them in common."""
+    rows, scores = [run.cache.rows[prompt] for prompt in prompts.values() for _ in range(run.args.num_generations)], []
     for batch in run.shared(len(x0_hat)):
         with run.timed("decode"):
             media = decode(vae, x0_hat[batch], run.args)
         with run.timed("reward"):
-            values = score(run.rewards, media, [rows[i] for i in batch])
-        for name in run.rewards:
-            scores[name][batch] = values[name]
+            scores.append(score(run.rewards, media, [rows[i] for i in batch]))
     return scores
 
 
@@ -436,10 +426,7 @@ def split_into_updates(args: Args, ranks: Ranks) -> list[Tensor]:
 
 @torch.no_grad()
 def score_before_updates(updates: list[Tensor], trajectory: dict, cond: dict, schedule: Tensor, run: Run) -> None:
-    """Add what the updates compare with: the recomputed log-probs of the old policy, and the initial policy's predictions for a KL term.
-
-    From passes in the updates' own batches.
-    """
+    """Add what updates compare with, by passes in their own batches: log-probs of the old policy, and u_ref of the initial one for a KL."""
     args, passes = run.args, {}
     if args.old_log_prob == "recompute":
         passes["old_log_prob"] = nullcontext(run.policy)
@@ -457,10 +444,9 @@ def update_policy(pairs: Tensor, trajectory: dict, cond: dict, advantages: Tenso
     """One step of gradient ascent on the mean objective of all processes' `pairs` (n, 2), in micro-batches."""
     args = run.args
     for batch in pairs.split(args.micro_batch_size):
-        sample, k = batch.T
-        transitions, pair_cond = pick(trajectory, cond, sample, k, args.kept_generations)
+        transitions, pair_cond = pick(trajectory, cond, *batch.T, args.kept_generations)
         log_prob, u_hat = score_transitions(run.policy, transitions, pair_cond, schedule, args.noise_level)
-        loss, stats = grpo_loss(log_prob, transitions["old_log_prob"], advantages[sample], args.clip_range)
+        loss, stats = grpo_loss(log_prob, transitions["old_log_prob"], advantages[batch[:, 0]], args.clip_range)
         if args.kl_weight:
             kl = reference_kl(transitions, schedule, u_hat, args.noise_level)
             stats["kl"], loss = kl.detach(), loss + args.kl_weight * kl
@@ -468,9 +454,7 @@ def update_policy(pairs: Tensor, trajectory: dict, cond: dict, advantages: Tenso
 
 
 @torch.no_grad()
-def sample_pictures(
-    transformer: FluxTransformer2DModel, vae: AutoencoderKL, schedule: Tensor, shape: tuple[int, ...], run: Run
-) -> dict[int, Tensor]:
+def sample_pictures(transformer: nn.Module, vae: nn.Module, schedule: Tensor, shape: tuple[int, ...], run: Run) -> dict[int, Tensor]:
     """ODE samples of the cache's first 8 prompts, always from the same noise: those that this process decodes, place -> (1, 3, ...)."""
     args, (places, own) = run.args, run.picture_share()
     cond = load_cond(run.cache, [place % run.cache.num_prompts for place in places], transformer, vae, args)

@@ -6,7 +6,8 @@ import torch
 from fastvideo.embeddings.prompts import shuffled_prompts
 from fastvideo.errors import UserError
 from fastvideo.parallel.distributed import keyed_generator
-from train_grpo_flux import best_of_n, check_ratio, group_advantages, grpo_loss, reference_kl, sde_step, select_timesteps
+from fastvideo.runs.guards import check_ratio
+from train_grpo_flux import best_of_n, group_advantages, grpo_loss, reference_kl, sde_step, select_timesteps
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.7, 1e6, 1e-12, 3e38])

@@ -133,11 +133,17 @@ def add_lora(model: ModelMixin, rank: int, seed: int) -> None:
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
 
 
-def prepare_network(
-    network: ModelMixin, attention: str, lora_rank: int, seed: int, gradient_checkpointing: bool, device: torch.device
+def prepare(
+    network: ModelMixin,
+    attention: str,
+    lora_rank: int,
+    seed: int,
+    gradient_checkpointing: bool,
+    device: torch.device,
+    padded_text: bool = False,
 ) -> ModelMixin:
-    """`network` ready for the engine: with its attention backend, an adapter if `lora_rank` is above 0, and in training mode."""
-    set_attention(network, attention, device)
+    """`network` ready for the engine: in training mode, with its attention backend (`set_attention`) and its adapter (`add_lora`)."""
+    set_attention(network, attention, device, padded_text=padded_text)
     add_lora(network, lora_rank, seed)
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()
