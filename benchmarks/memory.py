@@ -102,14 +102,6 @@ class PeakMemory(TorchDispatchMode):
         self.alive -= size
 
 
-def in_bfloat16(kind: type, config: dict) -> torch.nn.Module:
-    torch.set_default_dtype(torch.bfloat16)  # fake parameters cannot be cast afterwards
-    try:
-        return kind(**config)
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 def make_schedule(module: ModuleType, args: Any, steps: int) -> Any:
     """What the script calls its time schedule, of `steps` steps."""
     if module.FAMILY != "sd":
@@ -143,13 +135,16 @@ def measure(module: ModuleType, model: FullSize, args: Any, prompts: int, sp_siz
     if sp_size > 1:
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=sp_size)
     schedule = make_schedule(module, args, 2)
+    with torch.device("meta"):
+        network, vae = (kind(**config) for kind, config in (model.network, model.vae))
+        add_lora(network, args.lora_rank, args.seed)
+        network, vae = network.bfloat16(), vae.bfloat16()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        network, vae = (in_bfloat16(*parts) for parts in (model.network, model.vae))
+        network, vae = (part.to_empty(device="cpu") for part in (network, vae))
         vae.requires_grad_(False)
         vae.use_tiling = vae.use_slicing = getattr(args, "vae_tiling", False)
         if sp_size > 1:
             PARALLELIZE[module.FAMILY](network, Ranks(0, sp_size, torch.device("cpu"), sp_size, dist.group.WORLD))
-        add_lora(network, args.lora_rank, args.seed)
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         network.train()
