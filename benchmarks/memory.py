@@ -117,7 +117,7 @@ def measure(module: ModuleType, model: FullSize, args: Any, sp_size: int) -> dic
             cond = module.load_cond(FakeCache(model.cached, args.height, args.width), [0], network, vae, args)
             noise = torch.randn(len(batch), *shape), schedule, [args.noise_level, 0.0], [torch.Generator() for _ in batch]
             batch_cond = {name: tensor[batch] for name, tensor in cond.items()}
-            trajectory, x0_hat = peak("sampling", module.rollout, network, batch_cond, *noise, batch[:, None].expand(-1, steps))
+            trajectory, x0_hat = peak("sampling", module.rollout, network, batch_cond, *noise, torch.zeros(len(batch), steps).long())
             peak("decoding", torch.no_grad()(module.decode), vae, x0_hat, args)
             peak("update", update)
             found |= {"cond": size(cond), "kept": (size(trajectory) + size(x0_hat)) // len(batch)}
