@@ -128,9 +128,9 @@ def measure(module: ModuleType, model: FullSize, args: Any, sp_size: int) -> dic
 
 def row(found: dict[str, int], args: Any, W: int, stage: int, sp_size: int) -> dict[str, Any]:
     """Of the results: bytes on each of W GPUs."""
-    prompts, rest = divmod(args.prompts_per_iteration * sp_size, W)
-    if rest or W % sp_size:
+    if W < 1 or W % sp_size or args.prompts_per_iteration * sp_size % W:
         raise UserError(f"--prompts_per_iteration {args.prompts_per_iteration} does not divide among {W} GPUs in groups of {sp_size}")
+    prompts = args.prompts_per_iteration * sp_size // W
     N = found["trained"] // 2  # parameters in bfloat16; sums of gradients, the optimizer's copies and all averages are in float32
     rewards = {spec.name.partition(".")[0] for spec in parse_rewards(args.rewards)}
     state = {

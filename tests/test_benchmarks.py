@@ -19,6 +19,7 @@ from fastvideo.rewards.open_clip import clip_config
 
 SEQUENCE_PARALLEL = REPOSITORY / "benchmarks" / "sequence_parallel.py"
 ZERO = REPOSITORY / "benchmarks" / "zero.py"
+MEMORY = REPOSITORY / "benchmarks" / "memory.py"
 STARTUP = REPOSITORY / "benchmarks" / "startup.py"
 MODELS = ("flux", "hunyuan", "skyreels", "wan")
 
@@ -203,6 +204,12 @@ def test_what_cannot_be_measured_is_refused_in_one_sentence():
     for script, flags, message in [
         (SEQUENCE_PARALLEL, {"--sp_size": 9}, "error: --sp_size must be from 2 to --heads, 8, not 9\n"),
         (STARTUP, {"--files": 0}, "error: --files must be at least 1, not 0\n"),
+        (
+            MEMORY,
+            {"--model": "sd_v1.4", "--gpus": 7},
+            "error: --prompts_per_iteration 32 does not divide among 7 GPUs in groups of 1\n",
+        ),
+        (MEMORY, {"--offload": ()}, "error: --offload, --kl_weight and --dtype float32 are not computed here\n"),
         (ZERO, {"--head_dim": 12}, "error: --head_dim must be a multiple of 8, for the three axes of rotary embeddings, not 12\n"),
     ]:
         result = launch(script, flags)
