@@ -27,7 +27,7 @@ class FakeCache:
 
 def make_schedule(module: ModuleType, args: Any, steps: int) -> Any:
     """What the script calls its time schedule, of `steps` steps."""
-    if module.FAMILY != "sd":
+    if hasattr(args, "shift"):
         return module.time_schedule(steps, args.shift)
     with tempfile.TemporaryDirectory() as folder:
         DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1).save_pretrained(

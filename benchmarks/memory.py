@@ -34,14 +34,15 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from benchmarks.common import print_table
 from benchmarks.fake import FakeCache, PeakMemory, make_schedule, size
 from benchmarks.full_size import MODELS, REPOSITORY, FullSize
-from fastvideo import distributed
-from fastvideo.distributed import Ranks, UserError
-from fastvideo.models import flux, hunyuan, wan
-from fastvideo.pretrained import add_lora
+from fastvideo.errors import UserError
+from fastvideo.models.pretrained import add_lora
+from fastvideo.parallel import distributed
+from fastvideo.parallel.distributed import Ranks
+from fastvideo.parallel.networks import flux, hunyuan, wan
 from fastvideo.rewards import parse_rewards
 
 GIB = 2**30
-BUCKET = 2 * 200_000_000  # bytes, as fastvideo/zero.py sets it, of bfloat16
+BUCKET = 2 * 200_000_000  # bytes, as fastvideo/parallel/zero.py sets it, of bfloat16
 LIVE = 2 * 1_000_000_000  # bytes: how much of the network DeepSpeed gathers at stage 3 before it drops what it has used
 # Networks of rewards, bytes a parameter times parameters: ViT-H-14 in float32, Qwen2-VL-2B in bfloat16 (docs/rewards.md).
 REWARDS = {"hpsv2": 4 * 986_109_441, "clip": 4 * 986_714_881, "videoalign": 2 * 2_208_563_200}
@@ -88,7 +89,9 @@ def measure(module: ModuleType, model: FullSize, args: Any, sp_size: int) -> dic
         network, vae = (part.to_empty(device="cpu") for part in (network, vae))
         vae.use_tiling = vae.use_slicing = getattr(args, "vae_tiling", False)
         if sp_size > 1:
-            PARALLELIZE[module.FAMILY](network, Ranks(0, sp_size, torch.device("cpu"), sp_size, dist.group.WORLD))
+            PARALLELIZE[model.script.removeprefix("train_grpo_")](
+                network, Ranks(0, sp_size, torch.device("cpu"), sp_size, dist.group.WORLD)
+            )
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         weights, trained = list(network.parameters()), [weight for weight in network.parameters() if weight.requires_grad]
@@ -97,7 +100,7 @@ def measure(module: ModuleType, model: FullSize, args: Any, sp_size: int) -> dic
         found = {"network": size(weights), "trained": size(trained), "vae": size(list(vae.parameters()))}
 
         shape = module.latent_shape(network, vae, args)
-        steps = module.select_timesteps([torch.Generator()], len(args.stochastic_steps), args.timestep_fraction).shape[1]
+        steps = module.trained_count(len(args.stochastic_steps), args.timestep_fraction)
         batch, pairs = torch.zeros(args.rollout_batch_size, dtype=torch.long), torch.zeros(args.micro_batch_size, dtype=torch.long)
         with PeakMemory([*weights, *network.buffers(), *vae.parameters(), *vae.buffers()]) as memory:
 

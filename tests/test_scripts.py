@@ -85,8 +85,7 @@ def test_a_changed_copy_is_found_and_mended(scripts):
 def test_a_change_of_the_original_reaches_all_copies(scripts):
     original = scripts / "train_grpo_flux.py"
     line = "        prompts = draw_prompts(run)"
-    original.write_text(original.read_text().replace(line, f"{line}  # new
-        print(transformer)"))
+    original.write_text(original.read_text().replace(line, f"{line}  # new\n        print(transformer)"))
     assert len(stale_copies(scripts)) == len(TRAINING_SCRIPTS) - 1
     stale_copies(scripts, write=True)
     assert stale_copies(scripts) == []
