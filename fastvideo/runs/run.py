@@ -157,7 +157,7 @@ class Run:
 
     @contextmanager
     def saved_on_failure(self) -> Iterator[None]:
-        """Collective. If it raises UserError inside on any process, all save the iteration before, whose weights these are, and raise it."""
+        """Collective. If it raises UserError inside on any process, all save the iteration before, whose weights these are, and raise."""
         failure = None
         try:
             yield
