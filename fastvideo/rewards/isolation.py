@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-CALLERS = [str(Path(__file__).with_name(name)) for name in ("__init__.py", "plugins.py")]  # of rewards and their loaders
+CALLERS = [str(Path(__file__).with_name(name)) for name in ("__init__.py", "plugins.py", "isolation.py")]  # of rewards
 SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], Any]]] = [  # how to read and to write them
     (torch.is_grad_enabled, torch.set_grad_enabled),
     (torch.get_default_dtype, torch.set_default_dtype),
