@@ -5,7 +5,6 @@ A rule looks at rows of metrics.jsonl, one an iteration, and says what is wrong 
 
 import json
 import math
-import re
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, pstdev
@@ -13,6 +12,7 @@ from typing import NamedTuple
 
 from fastvideo.errors import UserError, warn
 from fastvideo.parallel.distributed import on_main
+from fastvideo.rewards.names import metric_name
 from fastvideo.runs.tracking import read_metrics, unchanged_since
 
 Rows = list[dict[str, float]]
@@ -63,7 +63,7 @@ def _check(output_dir: Path, iteration: int, clip_range: float) -> UserError | N
     manifest = json.loads((output_dir / "manifest.json").read_text())
     begin = unchanged_since(manifest)
     weights = zip(manifest["arguments"]["rewards"], manifest["arguments"]["reward_weights"])
-    penalties = {f"reward/{re.split('[=@,]', text)[0]}_mean" for text, weight in weights if weight < 0}  # which should fall
+    penalties = {f"reward/{metric_name(text)}_mean" for text, weight in weights if weight < 0}  # which should fall
     rows = [{key: value for key, value in row.items() if key not in penalties} for row in rows if row["iteration"] > begin]
     failure = None
     for rule, step in rules:
