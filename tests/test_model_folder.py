@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 
 from evaluate import use_trained_sampler
 from fastvideo.errors import UserError
-from fastvideo.models.model_folder import FAMILIES, check_model
+from fastvideo.models.families import FAMILIES
+from fastvideo.models.model_folder import check_model
 from train_grpo_flux import time_schedule
 
 MODELS = REPOSITORY / "shapes" / "models"
@@ -153,7 +154,7 @@ def test_variants_are_refused(copy, family, inputs, said):
     """With weights that fit their config, so that nothing else is wrong."""
     model, kind = copy(family), FAMILIES[family]
     folder = model / kind.network_folder
-    network_class = getattr(diffusers, kind.network)
+    network_class = getattr(diffusers, kind.network.class_name)
     config = network_class.load_config(folder)
     shutil.rmtree(folder)
     network_class.from_config(config | inputs).save_pretrained(folder)
