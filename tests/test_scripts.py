@@ -82,6 +82,19 @@ def test_a_changed_copy_is_found_and_mended(scripts):
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize(("name", "changed"), [("train_grpo_wan.py", "best_of_n"), ("train_grpo_sd.py", "update_policy")])
+def test_a_copy_may_go_its_own_way(scripts, name, changed):
+    """With `# Own` above it in a section that is copied as a whole."""
+    path = scripts / name
+    path.write_text(re.sub(rf"^(def {changed}\(.*?\n)\n", r"# Own\n\1    print()\n\n", path.read_text(), flags=re.MULTILINE | re.DOTALL))
+    before = path.read_text()
+    assert before.count("# Own") == before.count("    print()\n") == 1
+    assert stale_copies(scripts, write=True) == []
+    assert path.read_text() == before
+    path.write_text(before.replace("# Own\n", ""))
+    assert stale_copies(scripts) == [f"{name}: {changed} differs from the one in train_grpo_flux.py"]
+
+
 def test_a_change_of_the_original_reaches_all_copies(scripts):
     original = scripts / "train_grpo_flux.py"
     line = "        prompts = draw_prompts(run)"
