@@ -12,6 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from fastvideo.models.families import FAMILIES
+
 
 class FakeCache:
     """An embedding cache of any number of prompts, on whatever device tensors are made on."""
@@ -30,7 +32,7 @@ def make_schedule(module: ModuleType, args: Any, steps: int) -> Any:
     if hasattr(args, "shift"):
         return module.time_schedule(steps, args.shift)
     with tempfile.TemporaryDirectory() as folder:
-        scheduler, settings = FAMILIES[module.FAMILY].scheduler
+        scheduler, settings = FAMILIES[module.__name__.removeprefix("train_grpo_")].scheduler
         getattr(diffusers, scheduler).from_config(settings).save_pretrained(Path(folder, "scheduler"))
         return module.time_schedule(steps, Path(folder))
 

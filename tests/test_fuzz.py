@@ -643,7 +643,7 @@ def args_target(script: str, needed: str) -> Target:
     return make
 
 
-for family in ("flux", "sd", "hunyuan", "skyreels", "wan"):
+for family in FAMILIES:
     needed_flags = "--model m --embeddings e --output_dir o --rewards shapes"
     target(quick=10 if family == "flux" else 2, slow=600 if family == "flux" else 100)(args_target(f"train_grpo_{family}", needed_flags))
     target(quick=2, slow=60)(args_target(f"embed_{family}", "--model m --prompts p.jsonl --output_dir o"))
