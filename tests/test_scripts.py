@@ -19,6 +19,7 @@ import tyro
 from conftest import ENVIRONMENT, EVALUATE, MODEL, PROMPTS, REPOSITORY
 
 import evaluate
+from fastvideo.models.families import FAMILIES
 from scripts.sync_copies import functions, markers, stale_copies
 
 TRAINING_SCRIPTS = sorted(REPOSITORY.glob("train_grpo_*.py"))
@@ -148,9 +149,10 @@ def test_shared_flags_have_the_same_names(script):
     assert not fields_of(script) & fields_of(RUN)
     assert fields_of(script) | fields_of(RUN) >= SHARED_FLAGS
     family = script.stem.removeprefix("train_grpo_")
-    assert ({"shift", "sp_size"} <= fields_of(script)) == (family != "sd")
-    assert ("num_frames" in fields_of(script)) == (family not in ("sd", "flux"))
-    assert ("guidance_scale" in fields_of(script)) == (family in ("sd", "skyreels", "wan"))
+    facts = FAMILIES[family]
+    assert ("sp_size" in fields_of(script)) == (facts.parallelize is not None)
+    for name in ("shift", "num_frames", "guidance_scale", "embedded_guidance"):
+        assert (name in fields_of(script)) == (name in facts.sampling), name
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, RUN], ids=lambda script: script.name)
