@@ -378,7 +378,7 @@ def predicted(model: FluxTransformer2DModel, z_t: torch.Tensor, t: float, cond: 
 
 @pytest.fixture(scope="module")
 def objective(recorded):
-    """Of each update of each iteration: its loss, the mean over all processes' pairs, and its gradients; each pair's ratio and KL divergence."""
+    """Of each update of each iteration: its loss, the mean over all processes' pairs, and its gradients; each pair's ratio and KL."""
     initial, found = network(), []
     for iteration, update in product(recorded[0], range(N)):
         model, total, ratios, kls = network(iteration.steps[0][update]["weights"]), 0.0, [], []
