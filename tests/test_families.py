@@ -199,6 +199,29 @@ def test_what_stands_in_padded_text_changes_nothing(policy, family):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
+def test_gradients_flow_through_both_branches_of_guidance(policy, family):
+    """They are those of the guided prediction put together from two calls without guidance."""
+    module, args, network, vae, cache, schedule = policy
+    cond = module.load_cond(cache, [0, 1], network, vae, args)
+    if "guidance_scale" not in cond:
+        pytest.skip("has no classifier-free guidance")
+    plain = {name: tensor for name, tensor in cond.items() if not name.startswith("negative_") and name != "guidance_scale"}
+    empty = plain | {name.removeprefix("negative_"): tensor for name, tensor in cond.items() if name.startswith("negative_")}
+    z_t, step = initial_noise(module, network, vae, args, 2), torch.tensor([1, 3])
+    when = (step, schedule) if family.name == "sd" else (schedule[step],)
+    direction = torch.randn(z_t.shape, generator=keyed_generator(0, "direction"))
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+
+    def gradients(prediction: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((prediction * direction).sum(), weights, allow_unused=True)
+
+    guided, negative, positive = (gradients(module.predict(network, z_t, *when, c)) for c in (cond, empty, plain))
+    assert args.guidance_scale == 2
+    for found, empty_part, prompt_part in zip(guided, negative, positive, strict=True):
+        if found is not None:
+            torch.testing.assert_close(found, 2 * prompt_part - empty_part, atol=1e-3, rtol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def run(family, cache, tmp_path_factory) -> Path:
     """A run of two iterations, the second one of which samples clips."""
