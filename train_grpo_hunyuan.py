@@ -30,16 +30,6 @@ from fastvideo.parallel.networks.hunyuan import parallelize
 from fastvideo.rewards import score
 from fastvideo.runs.run import Run, RunFlags, parse
 
-SAMPLING = (
-    "sampling_steps",
-    "shift",
-    "embedded_guidance",
-    "height",
-    "width",
-    "num_frames",
-    "max_sequence_length",
-)  # what evaluation takes over
-
 # 1. Arguments =========================================================================================================
 
 
@@ -344,7 +334,7 @@ def main() -> None:
     run.train(transformer, len(updates[0]), args.clip_range, keep_initial=args.kl_weight > 0)
     schedule = time_schedule(args.sampling_steps, args.shift).to(run.device)
     shape = latent_shape(transformer, vae, args)
-    run.start(SAMPLING, decode(vae, torch.zeros(1, *shape, device=run.device), args))
+    run.start(decode(vae, torch.zeros(1, *shape, device=run.device), args))
 
     for _ in run:
         # Line 2: a batch of prompts, of which each process has its share. A sample is (place of its prompt, its own in the group).

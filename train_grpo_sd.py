@@ -27,8 +27,6 @@ from fastvideo.parallel.distributed import Ranks, keyed_generator
 from fastvideo.rewards import score
 from fastvideo.runs.run import Run, RunFlags, parse
 
-SAMPLING = ("sampling_steps", "guidance_scale", "height", "width")  # what evaluation takes over
-
 # 1. Arguments =========================================================================================================
 
 
@@ -356,7 +354,7 @@ def main() -> None:
     run.train(unet, len(updates[0]), args.clip_range, keep_initial=args.kl_weight > 0)
     schedule = time_schedule(args.sampling_steps, args.model).to(run.device)
     shape = latent_shape(unet, vae, args)
-    run.start(SAMPLING, decode(vae, torch.zeros(1, *shape, device=run.device), args))
+    run.start(decode(vae, torch.zeros(1, *shape, device=run.device), args))
 
     for _ in run:
         # Line 2: a batch of prompts, of which each process has its share. A sample is (place of its prompt, its own in the group).

@@ -164,7 +164,7 @@ def assert_noise_0_is_the_pipeline(policy, family, transformer, monkeypatch) -> 
     pipeline = DiffusionPipeline.from_pretrained(family.model, dtype=torch.float32)
     setattr(pipeline, family.network, transformer)  # given to from_pretrained, Wan's would be ignored
     pipeline.set_progress_bar_config(disable=True)
-    sampling = {name: (vars(args) | cache.fingerprint)[name] for name in module.SAMPLING}
+    sampling = {name: (vars(args) | cache.fingerprint)[name] for name in family.facts.sampling}
     use_trained_sampler(pipeline, sampling)
     # SkyReels' pipeline draws the image's latents from the VAE's posterior; the cache has its mean.
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())

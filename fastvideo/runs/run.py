@@ -13,6 +13,7 @@ from tqdm import tqdm
 from fastvideo.embeddings.cache import EmbeddingCache
 from fastvideo.embeddings.fingerprint import check_encoder
 from fastvideo.errors import UserError
+from fastvideo.models.families import FAMILIES
 from fastvideo.models.model_folder import check_model
 from fastvideo.parallel import distributed, zero
 from fastvideo.parallel.ema import EMA
@@ -45,7 +46,7 @@ class Run:
 
         args: the script's, which also name the folder of the `model`. family: of the embedding caches that fit. script: its file.
         """
-        self.args, self.script = args, script
+        self.args, self.family, self.script = args, family, script
         self.ranks = distributed.init(sp_size, args.timeout_minutes)
         if args.prompts_per_iteration % self.ranks.dp_size:
             raise UserError(f"--prompts_per_iteration {args.prompts_per_iteration} does not divide among {self.ranks.layout}")
@@ -83,15 +84,12 @@ class Run:
             self.reference.fill(self.policy, args.offload)
         self.ema = EMA(self.policy, args.ema_decay) if args.ema_decay else None
 
-    def start(self, sampling: tuple[str, ...], media: torch.Tensor) -> None:
-        """Collective. Try the rewards on `media`, as decoded; go on from the checkpoint, if any; say what is run, with what.
-
-        sampling: names of the flags, and of the cache's settings, that evaluation takes over from the manifest.
-        """
+    def start(self, media: torch.Tensor) -> None:
+        """Collective. Try the rewards on `media`, as decoded; go on from the checkpoint, if any; say what is run, with what."""
         args = self.args
         distributed.together(lambda: preflight(self.rewards, media, self.cache.rows[0]))
         self.done = checkpoint.load(self.policy, self.ema, self.resume_from) if self.resume_from else 0
-        settings = {name: (self.arguments | self.cache.fingerprint)[name] for name in sampling}
+        settings = {name: (self.arguments | self.cache.fingerprint)[name] for name in FAMILIES[self.family].sampling}
         if self.ranks.is_main:
             prompts = f"{self.cache.num_prompts} prompts, {args.prompts_per_iteration} an iteration"
             print(f"{prompts}, on {self.ranks.layout}, {self.device.type}, {self.dtype}")
@@ -196,8 +194,7 @@ class Run:
         metrics = group_statistics(rewards, self.weights)
         metrics["advantage/abs_mean"] = advantages.abs().mean().item()
         for name in ("loss", "ratio_mean", "approx_kl", "clip_frac", *(["kl"] if "kl" in stats[0] else [])):
-            mean = sum(row[name] * row["share"] for row in stats) / (len(self.norms) * self.ranks.world_size)
-            metrics[f"policy/{name}"] = mean
+            metrics[f"policy/{name}"] = sum(row[name] * row["share"] for row in stats) / (len(self.norms) * self.ranks.world_size)
         metrics["policy/ratio_max_dev"] = max(row["ratio_max_dev"] for row in stats if row["update"] == 0)  # before any update: 0
         metrics |= {"policy/grad_norm": sum(self.norms) / len(self.norms), "policy/lr": self.policy.get_lr()[0]}
         metrics |= tracking.costs(self.timer, advantages.numel()) | {"samples": self.iteration * advantages.numel()}
