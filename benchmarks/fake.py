@@ -7,10 +7,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import diffusers
 import torch
-from diffusers import DDIMScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from fastvideo.models.families import FAMILIES
 
 
 class FakeCache:
@@ -30,9 +32,8 @@ def make_schedule(module: ModuleType, args: Any, steps: int) -> Any:
     if hasattr(args, "shift"):
         return module.time_schedule(steps, args.shift)
     with tempfile.TemporaryDirectory() as folder:
-        DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1).save_pretrained(
-            Path(folder, "scheduler")
-        )
+        scheduler, settings = FAMILIES[module.__name__.removeprefix("train_grpo_")].scheduler
+        getattr(diffusers, scheduler).from_config(settings).save_pretrained(Path(folder, "scheduler"))
         return module.time_schedule(steps, Path(folder))
 
 

@@ -31,14 +31,13 @@ import tyro
 from torch._subclasses import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from benchmarks.common import print_table
+from benchmarks.common import parallelize, print_table
 from benchmarks.fake import FakeCache, PeakMemory, make_schedule, size
 from benchmarks.full_size import MODELS, REPOSITORY, FullSize
 from fastvideo.errors import UserError
 from fastvideo.models.pretrained import add_lora
 from fastvideo.parallel import distributed
 from fastvideo.parallel.distributed import Ranks
-from fastvideo.parallel.networks import flux, hunyuan, wan
 from fastvideo.rewards import parse_rewards
 
 GIB = 2**30
@@ -46,7 +45,6 @@ BUCKET = 2 * 200_000_000  # bytes, as fastvideo/parallel/zero.py sets it, of bfl
 LIVE = 2 * 1_000_000_000  # bytes: how much of the network DeepSpeed gathers at stage 3 before it drops what it has used
 # Networks of rewards, bytes a parameter times parameters: ViT-H-14 in float32, Qwen2-VL-2B in bfloat16 (docs/rewards.md).
 REWARDS = {"hpsv2": 4 * 986_109_441, "clip": 4 * 986_714_881, "videoalign": 2 * 2_208_563_200}
-PARALLELIZE = {"flux": flux.parallelize, "hunyuan": hunyuan.parallelize, "skyreels": hunyuan.parallelize, "wan": wan.parallelize}
 NOTES = """\
 GiB a GPU. optimizer: with the moving average. others: the VAE, and the networks of hpsv2, clip (a ViT-H-14) and videoalign; those of other
 rewards are not counted. kept: the trajectories of an iteration. saved: by one forward pass for its backward pass. sampling_alive and so on:
@@ -89,8 +87,8 @@ def measure(module: ModuleType, model: FullSize, args: Any, sp_size: int) -> dic
         network, vae = (part.to_empty(device="cpu") for part in (network, vae))
         vae.use_tiling = vae.use_slicing = getattr(args, "vae_tiling", False)
         if sp_size > 1:
-            PARALLELIZE[model.script.removeprefix("train_grpo_")](
-                network, Ranks(0, sp_size, torch.device("cpu"), sp_size, dist.group.WORLD)
+            parallelize(
+                model.script.removeprefix("train_grpo_"), network, Ranks(0, sp_size, torch.device("cpu"), sp_size, dist.group.WORLD)
             )
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()

@@ -14,6 +14,7 @@ from conftest import REPOSITORY, launch, run_script
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks import memory
+from benchmarks.common import MODELS
 from benchmarks.fake import FakeCache, make_schedule
 from fastvideo.rewards.open_clip import clip_config
 
@@ -21,7 +22,6 @@ SEQUENCE_PARALLEL = REPOSITORY / "benchmarks" / "sequence_parallel.py"
 ZERO = REPOSITORY / "benchmarks" / "zero.py"
 MEMORY = REPOSITORY / "benchmarks" / "memory.py"
 STARTUP = REPOSITORY / "benchmarks" / "startup.py"
-MODELS = ("flux", "hunyuan", "skyreels", "wan")
 
 
 def report_of(script, *flags, processes, log) -> dict:
@@ -113,15 +113,12 @@ def allocated(function: Callable, *arguments) -> tuple[int, int, Any]:
 @pytest.mark.parametrize("family", ["flux", *(pytest.param(family, marks=pytest.mark.slow) for family in ("hunyuan", "wan", "sd"))])
 def test_memory_counts_what_real_tensors_take(family, checkpointing):
     """The tiny networks on a CPU. Beyond what is counted, kernels of the backward pass have memory of their own while they run."""
-    published = next(model for model in memory.MODELS.values() if model.script == f"train_grpo_{family}")
-    configs = [
-        REPOSITORY / "shapes/models" / family / part / "config.json" for part in ("unet" if family == "sd" else "transformer", "vae")
-    ]
-    parts = [{name: value for name, value in json.loads(path.read_text()).items() if name[0] != "_"} for path in configs]
+    published, facts = next((model, model.family) for model in memory.MODELS.values() if model.script == f"train_grpo_{family}")
+    parts = facts.network.tiny, facts.vae.tiny
     cached = {name: shape if name.endswith("mask") else (*shape[:-1], 64) for name, shape in published.cached.items()}
     model = replace(published, network=(published.network[0], parts[0]), vae=(published.vae[0], parts[1]), cached=cached)
     flags = ["--height", "128", "--width", "128", "--rollout_batch_size", "3", "--micro_batch_size", "2"]
-    flags += ["--num_frames", "9"] if family in ("hunyuan", "wan") else []
+    flags += ["--num_frames", "9"] if "num_frames" in facts.sampling else []
     module, args, _ = memory.launch_settings(model, [*flags, f"--{'' if checkpointing else 'no-'}gradient_checkpointing"])
     found = memory.measure(module, model, args, 1)
 

@@ -1,7 +1,10 @@
 """The pieces of Algorithm 1 that need no network: advantages, selection, the loss, the order of prompts."""
 
+import importlib
+
 import pytest
 import torch
+from conftest import REPOSITORY
 
 from fastvideo.embeddings.prompts import shuffled_prompts
 from fastvideo.errors import UserError
@@ -76,6 +79,25 @@ def test_reference_kl_is_that_of_the_gaussians():
     transitions = {"z_t": z_t, "step": torch.tensor([1, 3]), "u_ref": u_ref}
     torch.testing.assert_close(reference_kl(transitions, schedule, u, 0.3), expected)
     assert reference_kl(transitions, schedule, u_ref, 0.3) == 0
+
+
+@pytest.mark.parametrize("name", ["flux", "sd", "hunyuan", "skyreels", "wan"])
+def test_the_last_transition_is_never_stochastic(name):
+    """What it adds would not reach what is decoded."""
+    script, folders = importlib.import_module(f"train_grpo_{name}"), {"embeddings": REPOSITORY, "output_dir": REPOSITORY}
+    flags = {
+        "model": REPOSITORY / "shapes" / "models" / name,
+        **folders,
+        "rewards": ("aesthetic",),
+        "sampling_steps": 7,
+        "height": 32,
+        "width": 32,
+    }
+    assert list(script.Args(**flags).stochastic_steps) == [0, 1, 2, 3, 4, 5]
+    assert list(script.Args(**flags, sde_window=(2, 4)).stochastic_steps) == [2, 3, 4, 5]
+    for window in ((2, 5), (-1, 3), (6, 1), (1, 0)):
+        with pytest.raises(UserError, match=f"--sde_window {window[0]} {window[1]} must lie within the first 6 of --sampling_steps 7"):
+            script.Args(**flags, sde_window=window)
 
 
 def test_every_epoch_visits_every_prompt_once_in_an_order_of_its_own():

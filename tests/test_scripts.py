@@ -19,6 +19,7 @@ import tyro
 from conftest import ENVIRONMENT, EVALUATE, MODEL, PROMPTS, REPOSITORY
 
 import evaluate
+from fastvideo.models.families import FAMILIES
 from scripts.sync_copies import functions, markers, stale_copies
 
 TRAINING_SCRIPTS = sorted(REPOSITORY.glob("train_grpo_*.py"))
@@ -82,6 +83,19 @@ def test_a_changed_copy_is_found_and_mended(scripts):
     assert path.read_text() == before
 
 
+@pytest.mark.parametrize(("name", "changed"), [("train_grpo_wan.py", "best_of_n"), ("train_grpo_sd.py", "update_policy")])
+def test_a_copy_may_go_its_own_way(scripts, name, changed):
+    """With `# Own` above it in a section that is copied as a whole."""
+    path = scripts / name
+    path.write_text(re.sub(rf"^(def {changed}\(.*?\n)\n", r"# Own\n\1    print()\n\n", path.read_text(), flags=re.MULTILINE | re.DOTALL))
+    before = path.read_text()
+    assert before.count("# Own") == before.count("    print()\n") == 1
+    assert stale_copies(scripts, write=True) == []
+    assert path.read_text() == before
+    path.write_text(before.replace("# Own\n", ""))
+    assert stale_copies(scripts) == [f"{name}: {changed} differs from the one in train_grpo_flux.py"]
+
+
 def test_a_change_of_the_original_reaches_all_copies(scripts):
     original = scripts / "train_grpo_flux.py"
     line = "        prompts = draw_prompts(run)"
@@ -135,9 +149,10 @@ def test_shared_flags_have_the_same_names(script):
     assert not fields_of(script) & fields_of(RUN)
     assert fields_of(script) | fields_of(RUN) >= SHARED_FLAGS
     family = script.stem.removeprefix("train_grpo_")
-    assert ({"shift", "sp_size"} <= fields_of(script)) == (family != "sd")
-    assert ("num_frames" in fields_of(script)) == (family not in ("sd", "flux"))
-    assert ("guidance_scale" in fields_of(script)) == (family in ("sd", "skyreels", "wan"))
+    facts = FAMILIES[family]
+    assert ("sp_size" in fields_of(script)) == (facts.parallelize is not None)
+    for name in ("shift", "num_frames", "guidance_scale", "embedded_guidance"):
+        assert (name in fields_of(script)) == (name in facts.sampling), name
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, RUN], ids=lambda script: script.name)

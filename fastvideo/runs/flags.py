@@ -90,7 +90,8 @@ class RunFlags:
         """Raises UserError for what does not fit, as the scripts' own flags do."""
         self.reward_weights = check_rewards(self.rewards, self.reward_weights, self.held_out_rewards)
         rules = {
-            "above 0": "iterations prompts_per_iteration learning_rate rollout_batch_size micro_batch_size timeout_minutes checkpoint_every keep_checkpoints",
+            "above 0": "iterations prompts_per_iteration learning_rate rollout_batch_size micro_batch_size timeout_minutes "
+            "checkpoint_every keep_checkpoints",
             "0 or more": "lora_rank weight_decay max_grad_norm lr_warmup_steps sample_every",
             "at least 0 and below 1": "ema_decay",
         }

@@ -8,10 +8,10 @@ import math
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, pstdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fastvideo.parallel.distributed import on_main
 from fastvideo.errors import UserError, warn
+from fastvideo.parallel.distributed import on_main
 from fastvideo.rewards.names import metric_name
 from fastvideo.runs.tracking import read_metrics, unchanged_since
 

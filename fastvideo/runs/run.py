@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -42,7 +41,10 @@ class Run:
     """
 
     def __init__(self, args: RunFlags, family: str, script: str, sp_size: int = 1):
-        """Collective. Refuses, with UserError, what would not run: before anything large is loaded."""
+        """Collective. Refuses, with UserError, what would not run, before anything large is loaded.
+
+        args: the script's, which also name the folder of the `model`. family: of the embedding caches that fit. script: its file.
+        """
         self.args, self.script = args, script
         self.ranks = distributed.init(sp_size, args.timeout_minutes)
         if args.prompts_per_iteration % self.ranks.dp_size:
@@ -86,12 +88,13 @@ class Run:
 
         sampling: names of the flags, and of the cache's settings, that evaluation takes over from the manifest.
         """
+        args = self.args
         distributed.together(lambda: preflight(self.rewards, media, self.cache.rows[0]))
         self.done = checkpoint.load(self.policy, self.ema, self.resume_from) if self.resume_from else 0
         settings = {name: (self.arguments | self.cache.fingerprint)[name] for name in sampling}
         if self.ranks.is_main:
-            print(f"{self.cache.num_prompts} prompts on {self.ranks.layout}, {self.device.type}, {self.dtype}")
-        args = self.args
+            prompts = f"{self.cache.num_prompts} prompts, {args.prompts_per_iteration} an iteration"
+            print(f"{prompts}, on {self.ranks.layout}, {self.device.type}, {self.dtype}")
         run_folder.write_manifest(args.output_dir, self.script, self.arguments, self.cache.digest, settings, self.done, self.ranks)
         self.tracker = tracking.Tracker(args.output_dir, args.trackers, self.arguments, self.done)
 
@@ -100,13 +103,14 @@ class Run:
         args, self.signals = self.args, StopSignals()
         left = range(self.done + 1, args.iterations + 1)
         self.progress = tqdm(left, initial=self.done, total=args.iterations, disable=not self.ranks.is_main, desc="GRPO")
-        for self.iteration in self.progress:
+        for iteration in self.progress:
+            self.iteration = iteration
             self.timer, self.stats, self.norms, self.collapse = tracking.Timer(), [], [], None
-            yield self.iteration
-            last = self.iteration == args.iterations
+            yield iteration
+            last = iteration == args.iterations
             failure = self.signals.requested() or (self.collapse if args.stop_on_collapse else None)
-            if self.iteration % args.checkpoint_every == 0 or last or failure:
-                self._save(self.iteration)
+            if iteration % args.checkpoint_every == 0 or last or failure:
+                self._save(iteration)
             if failure and not last:
                 raise failure
 
@@ -138,7 +142,7 @@ class Run:
             yield batch
 
     def shared(self, count: int) -> tuple[torch.Tensor, ...]:
-        """Of `count` samples, which a sequence-parallel group has in common, this process's share of work on them, in batches of indices."""
+        """Of `count` samples, which a sequence-parallel group has in common, this process's share of the work, in batches of indices."""
         return torch.arange(count)[self.ranks.sp_rank :: self.ranks.sp_size].split(self.args.rollout_batch_size)
 
     def of_all_prompts(self, scores: list[dict[str, torch.Tensor]], num_generations: int) -> dict[str, torch.Tensor]:
@@ -153,7 +157,7 @@ class Run:
 
     @contextmanager
     def saved_on_failure(self) -> Iterator[None]:
-        """Collective. If what is inside raises UserError on any process, all save the iteration before, whose weights these are, and raise it."""
+        """Collective. If it raises UserError inside on any process, all save the iteration before, whose weights these are, and raise."""
         failure = None
         try:
             yield

@@ -15,11 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fastvideo.runs import checkpoint, tracking
-from fastvideo.parallel.distributed import Ranks, on_main
 from fastvideo.errors import UserError, warn
 from fastvideo.files import whole_file
+from fastvideo.parallel.distributed import Ranks, on_main
 from fastvideo.rewards.names import split_file
+from fastvideo.runs import checkpoint, tracking
 
 PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "peft", "safetensors")
 # Flags that a resumed run may change: where things are, how the work is laid out, what is logged. All others change what is computed.

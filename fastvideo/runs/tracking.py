@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fastvideo.errors import UserError, warn
+from fastvideo.files import whole_file, writing
+from fastvideo.media import save_samples
 from fastvideo.parallel import devices
 from fastvideo.parallel.devices import peak_memory_gib
 from fastvideo.parallel.distributed import all_gather_object, on_main
-from fastvideo.errors import UserError, warn
-from fastvideo.files import whole_file, writing
 from fastvideo.runs.integrity import naming_the_last
-from fastvideo.media import save_samples
 
 
 def check(output_dir: Path, trackers: list[str]) -> None:
