@@ -294,7 +294,7 @@ def test_what_it_changes_does_not_last(file, code, when):
 )
 def test_what_it_is_given_is_its_own(file, code):
     greedy = file(f"import torch\n@torch.enable_grad()\ndef greedy(media, rows):\n    {code}\n    return torch.zeros(2)", "greedy.py")
-    seen = f"assert rows == {ROWS}\n    return torch.from_numpy(media.numpy()).mean((1, 2, 3))"
+    seen = f"assert rows == {ROWS} and not media.requires_grad\n    return torch.from_numpy(media.numpy()).mean((1, 2, 3))"
     honest = file(f"import torch\ndef honest(media, rows):\n    {seen}", "honest.py")
     media, rows = MEDIA.clone(), json.loads(json.dumps(ROWS))
     scores = score(load(f"{greedy}:greedy", f"{honest}:honest", f"{greedy}:greedy.b"), media, rows)
@@ -306,7 +306,7 @@ def test_what_it_is_given_is_its_own(file, code):
     ("returned", "expected"),
     [
         *((f"torch.tensor([0, 1]).to(torch.{dtype})", [0, 1]) for dtype in ("float16", "bfloat16", "float64", "int64", "uint8", "bool")),
-        ("torch.ones(2, requires_grad=True) * 3", [3, 3]),
+        ("torch.set_grad_enabled(True) and torch.ones(2, requires_grad=True) * 3", [3, 3]),
         ("torch.nn.Parameter(torch.ones(2))", [1, 1]),
         ("torch.tensor(2.0).expand(2)", [2, 2]),
         ("torch.inference_mode()(lambda: torch.ones(2))()", [1, 1]),
@@ -326,7 +326,7 @@ def test_what_it_is_given_is_its_own(file, code):
     ],
 )
 def test_what_it_returns(file, returned, expected):
-    path = file(f"import sys\nimport numpy as np\nimport torch\n@torch.enable_grad()\ndef mine(media, rows):\n    return {returned}")
+    path = file(f"import sys\nimport numpy as np\nimport torch\n\ndef mine(media, rows):\n    return {returned}")
     rewards = load(f"{path}:mine")
     if isinstance(expected, str):
         with pytest.raises(UserError, match=f"^reward 'mine' {re.escape(expected)}") as raised:
@@ -369,7 +369,6 @@ def wicked(path, device, *, shift: float = 0.0):
     honest = load_aesthetic(None, device)
     disturb()
 
-    @torch.enable_grad()
     def reward(media, rows):
         values = honest(media, rows) + shift
         media.zero_()

@@ -1,7 +1,7 @@
 """Rewards: `load_rewards` makes those that the command line names (names.py has the table), `score` calls them, `preflight.py` tries them.
 
-One file for each, imported when it is asked for, or a user's own (plugins.py): media and prompt rows to one number a sample. No reward
-may know of training, of the shapes world, or of another reward.
+One file for each, imported when it is asked for, or a user's own (plugins.py): from media and prompt rows to one number a sample.
+Nothing of training may live here, and nothing of the shapes world but the names of its rewards.
 """
 
 import copy
