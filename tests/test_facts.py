@@ -3,12 +3,13 @@
 import importlib
 import json
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import EVALUATE, REPOSITORY, SMALL_RUN, metrics_of, run_script
+from conftest import REPOSITORY, metrics_of, run_script
 
 import evaluate
 from fastvideo.errors import UserError
@@ -88,35 +89,33 @@ def test_an_untrained_folder_is_complete_and_the_same_each_time(name, tmp_path):
         make(name, tmp_path / "one")
 
 
+def documented_commands() -> list[list[str]]:
+    """Those of docs/new_model.md from an untrained folder to an evaluation."""
+    text = (REPOSITORY / "docs" / "new_model.md").read_text()
+    block = next(block for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) if "shapes/untrained.py" in block)
+    return [shlex.split(line)[1:] for line in block.replace("\\\n", " ").splitlines()]
+
+
 @pytest.mark.slow
 def test_an_untrained_folder_is_embedded_trained_and_evaluated(name, tmp_path):
-    """By the commands that a user gives."""
-    facts, model, cache, run = FAMILIES[name], tmp_path / "model", tmp_path / "cache", tmp_path / "run"
+    """By the documented commands."""
+    facts = FAMILIES[name]
     clips = "num_frames" in facts.sampling
-    prompts = PROMPTS / ("i2v_heldout.jsonl" if facts.from_images else "video_heldout.txt" if clips else "heldout.txt")
-    reward = {"--rewards": "aesthetic"}  # tells samples apart that show no object
-    size = {"--height": 32, "--width": 32}
-    small = SMALL_RUN | reward | ({"--num_frames": 9} if clips else {}) | {"--iterations": 2, "--updates_per_iteration": 1}
-    for script, flags in (
-        (REPOSITORY / "shapes" / "untrained.py", (name, model)),
-        (REPOSITORY / "preprocess" / "check_model.py", (model,)),
-        (
-            REPOSITORY / "preprocess" / f"embed_{name}.py",
-            ({"--model": model, "--prompts": prompts, "--output_dir": cache} | (size if facts.from_images else {}),),
-        ),
-        (REPOSITORY / f"train_grpo_{name}.py", ({"--model": model, "--embeddings": cache, "--output_dir": run} | small,)),
-        (
-            EVALUATE,
-            (
-                {"--model": model, "--checkpoint": run / "export", "--prompts": prompts, "--num_seeds": 1}
-                | reward
-                | {"--output_dir": tmp_path / "evaluation"},
-            ),
-        ),
-    ):
-        result = run_script(script, *flags, log=tmp_path / "log")
-        assert result.returncode == 0, result.stderr
-    assert [row["policy/ratio_max_dev"] < 2e-6 for row in metrics_of(run)] == [True, True]
+    instead = {"train.txt": "i2v_train.jsonl", "heldout.txt": "i2v_heldout.jsonl"} if facts.from_images else {}
+    instead = instead or ({"train.txt": "video_train.txt", "heldout.txt": "video_heldout.txt"} if clips else {})
+    commands = documented_commands()
+    scripts = [command[0].replace("NAME", name) for command in commands]
+    assert scripts[2:4] == [f"preprocess/embed_{name}.py", f"train_grpo_{name}.py"] and len(commands) == 5
+    for script, (_, *words) in zip(scripts, commands, strict=True):
+        words = [word.replace("NAME", name).replace("runs/tiny", str(tmp_path)) for word in words]
+        prompts = [str(PROMPTS / instead.get(Path(word).name, Path(word).name)) if word.startswith("shapes/") else word for word in words]
+        more = {"--height": 32, "--width": 32} if script.startswith("preprocess/embed") and facts.from_images else {}
+        more |= {"--num_frames": 9} if script.startswith("train") and clips else {}
+        result = run_script(REPOSITORY / script, *prompts, more, log=tmp_path / "log")
+        assert result.returncode == 0, (script, result.stderr)
+    rows = metrics_of(tmp_path / "run")
+    assert [row["policy/ratio_max_dev"] < 2e-6 for row in rows] == [True, True]
+    assert all(row["policy/grad_norm"] > 0 for row in rows)
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert results["base"] != results["trained"]
-    assert results["sampling"] == json.loads((run / "manifest.json").read_text())["sampling"]
+    assert results["sampling"] == json.loads((tmp_path / "run" / "manifest.json").read_text())["sampling"]
