@@ -146,7 +146,11 @@ MUTANTS = [
         WIRING,
     ),
     Mutant(
-        "rollout: the last latents before the last step", FLUX, "    return kept, z_t\n", '    return kept, kept["z_s"][:, -1]\n', WIRING
+        "rollout: the last latents before the last step",
+        FLUX,
+        "        z_t = z_s\n    return kept, z_t\n",
+        "        z_1, z_t = z_t, z_s\n    return kept, z_1\n",
+        WIRING,
     ),
     Mutant("window: its start is ignored by sampling", FLUX, "return range(start, start + count)", "return range(count)", WIRING),
     Mutant("window: its start is ignored by training", FLUX, "return steps.start + select_timesteps(", "return select_timesteps(", WIRING),
@@ -331,7 +335,7 @@ MUTANTS = [
         FLUX,
         'if args.old_log_prob == "recompute":',
         'if args.old_log_prob == "computed again":',
-        f"{TRAIN} -k 'test_option and old_log_prob'",
+        PIECES,
     ),
     Mutant("pictures: one noise for all", FLUX, '"pictures", place)) for', '"pictures", 0)) for', WIRING),
     Mutant("pictures: of the first prompt", FLUX, "[place % run.cache.num_prompts for place in places]", "[0 for place in places]", WIRING),
@@ -388,7 +392,7 @@ MUTANTS = [
         RUN,
         "if len(self.norms) == 1 and self.iteration == self.done + 1:",
         "if False:",
-        f"{TRAIN} -k without_a_cure",
+        f"{TRAIN} -k stops_all",
     ),
     Mutant(
         "run: scores of other processes' places",
