@@ -428,7 +428,7 @@ MUTANTS = [
         RUN,
         "args.checkpoint_every == 0 or last or failure",
         "args.checkpoint_every == 0 or failure",
-        "tests/test_resume.py -k longer_run",
+        WIRING,
     ),
     Mutant(
         "run: last iteration done twice",
@@ -482,18 +482,12 @@ MUTANTS = [
         "return gradient[:, ctx.own], None, None",
         SPLIT,
     ),
+    Mutant("ulysses: text always before the image", ULYSSES, "if text is not None and text_first else", "if text is not None else", SPLIT),
     Mutant(
-        "ulysses: text behind the image",
-        ULYSSES,
-        "order = [1, 0] if text is not None and text_first",
-        "order = [0, 1] if text is not None and text_first",
-        SPLIT,
-    ),
-    Mutant(
-        "ulysses: shares that do not divide",
+        "ulysses: the first has all that does not divide",
         ULYSSES,
         "(rank < count % self.size)",
-        "(rank >= self.size - count % self.size)",
+        "(rank == 0) * (count % self.size)",
         "tests/test_sequence_parallel.py -k shares",
     ),
     Mutant(
