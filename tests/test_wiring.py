@@ -473,7 +473,7 @@ def test_what_is_exported_and_drawn_is_the_moving_average(recorded, cache):
     iterations, rest, run = recorded
     average = [parameter.detach().double() for parameter in network().parameters()]
     for iteration, update in product(iterations, range(N)):
-        average = [0.9 * a + 0.1 * w.double() for a, w in zip(average, iteration.steps[0][update]["after"], strict=True)]
+        average = [EMA * a + (1 - EMA) * w.double() for a, w in zip(average, iteration.steps[0][update]["after"], strict=True)]
     exported = weights_of(run / "export" / "transformer")
     for (name, _), expected in zip(network().named_parameters(), average, strict=True):
         torch.testing.assert_close(exported[name].double(), expected, atol=1e-7, rtol=1e-5)
