@@ -31,7 +31,7 @@ def test_a_planted_mistake_is_noticed_and_taken_out_again(tmp_path):
     for mutant, passed in ((noticed, False), (unnoticed, True), (None, True)):
         with planted(mutant, tmp_path):
             assert passes(tmp_path, "test_double.py") == passed
-    with pytest.raises(ValueError, match="noticed: its text stands 0 times in double.py"), planted(noticed._replace(old="4"), tmp_path):
+    with pytest.raises(ValueError, match="noticed: its text stands 0 times"), planted(noticed._replace(old="4"), tmp_path):
         pass
     with pytest.raises(RuntimeError, match="did not run"):  # which would count as survival, or as death
         passes(tmp_path, "test_double.py -k nothing")
