@@ -186,7 +186,7 @@ def cache(tmp_path_factory, prompt_file) -> Path:
     """Their embeddings, in three shards."""
     path = tmp_path_factory.mktemp("cache") / "cache"
     flags = {"--model": MODEL, "--prompts": prompt_file, "--output_dir": path, "--shard_size": 4}
-    result = launch(REPOSITORY / "preprocess" / "embed_flux.py", flags)
+    result = run_script(REPOSITORY / "preprocess" / "embed_flux.py", flags, log=path.with_name("log"))
     assert result.returncode == 0, result.stderr
     return path
 

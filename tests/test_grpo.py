@@ -1,11 +1,13 @@
 """The pieces of Algorithm 1 that need no network: advantages, selection, the loss, the order of prompts."""
 
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import REPOSITORY
 
+import train_grpo_flux
 from fastvideo.embeddings.prompts import shuffled_prompts
 from fastvideo.errors import UserError
 from fastvideo.parallel.distributed import keyed_generator
@@ -67,6 +69,28 @@ def test_loss_is_the_clipped_objective():
     torch.testing.assert_close(log_prob.grad, torch.where(free, -advantages * log_ratio.exp() / 7, 0.0))
     assert stats["clip_frac"].item() == pytest.approx(4 / 7)
     assert stats["ratio_max_dev"].item() == pytest.approx(max(abs(r - 1) for r in log_ratio.exp().tolist()))
+
+
+def test_old_log_probs_are_computed_again_in_the_updates_own_batches(monkeypatch):
+    sizes, policy = [], torch.nn.Identity()
+
+    def score_transitions(network, transitions, cond, schedule, noise_level):
+        assert network is policy and cond["prompt"].tolist() == [10 * int(z_t[0] // 2) for z_t in transitions["z_t"]]
+        sizes.append(len(transitions["z_t"]))
+        return transitions["z_t"].sum(1), None
+
+    monkeypatch.setattr(train_grpo_flux, "score_transitions", score_transitions)
+    args = SimpleNamespace(old_log_prob="rollout", micro_batch_size=3, kept_generations=2, noise_level=0.3)
+    run = SimpleNamespace(args=args, policy=policy, reference=None)
+    z_t = torch.stack([torch.arange(4.0)[:, None].expand(4, 3), torch.rand(4, 3)], dim=-1)  # of 2 prompts with 2 samples with 3 steps
+    trajectory, cond = {"z_t": z_t, "old_log_prob": torch.zeros(4, 3)}, {"prompt": torch.tensor([0, 10])}
+    updates = [torch.cartesian_prod(torch.tensor(samples), torch.arange(3)) for samples in ([0, 2], [1, 3])]
+    train_grpo_flux.score_before_updates(updates, trajectory, cond, None, run)
+    assert sizes == [] and trajectory["old_log_prob"].eq(0).all()
+    args.old_log_prob = "recompute"
+    train_grpo_flux.score_before_updates(updates, trajectory, cond, None, run)
+    assert sizes == [3, 3, 3, 3]
+    assert torch.equal(trajectory["old_log_prob"], z_t.sum(-1))
 
 
 def test_reference_kl_is_that_of_the_gaussians():

@@ -51,6 +51,7 @@ FLAGS = {
     "--rollout_batch_size": 5,  # of 12 samples
     "--micro_batch_size": 3,  # of 8 pairs
     "--sample_every": 2,
+    "--checkpoint_every": 3,
 }
 
 RECORDER = """
@@ -472,7 +473,7 @@ def test_what_is_exported_and_drawn_is_the_moving_average(recorded, cache):
     iterations, rest, run = recorded
     average = [parameter.detach().double() for parameter in network().parameters()]
     for iteration, update in product(iterations, range(N)):
-        average = [0.9 * a + 0.1 * w.double() for a, w in zip(average, iteration.steps[0][update]["after"], strict=True)]
+        average = [EMA * a + (1 - EMA) * w.double() for a, w in zip(average, iteration.steps[0][update]["after"], strict=True)]
     exported = weights_of(run / "export" / "transformer")
     for (name, _), expected in zip(network().named_parameters(), average, strict=True):
         torch.testing.assert_close(exported[name].double(), expected, atol=1e-7, rtol=1e-5)
@@ -492,6 +493,7 @@ def test_what_is_exported_and_drawn_is_the_moving_average(recorded, cache):
         decoded = named(rest[rank], "decode")
         assert torch.equal(torch.cat([event["x0_hat"] for event in decoded]), rollout["result"][1])
         pictures += [event["result"] for event in decoded]
+    assert (run / "checkpoints" / "latest").read_text() == "iteration_000002"
     (shown,) = named(rest[0], "log_samples")
     assert shown["iteration"] == 2
     assert torch.equal(shown["media"], torch.cat(pictures))
