@@ -66,7 +66,9 @@ def launch_settings(model: FullSize, flags: list[str]) -> tuple[ModuleType, Any,
     """The training script, the arguments that its launch script gives it with `flags` at the end, and the number of GPUs it is for."""
     launch = REPOSITORY / "scripts" / f"train_{model.script.removeprefix('train_grpo_')}.sh"
     text = launch.read_text()
-    command = shlex.split(text[text.index("torchrun ") :].replace("\\\n", ""))
+    rewards = re.search(r"^rewards=\((.*)\)$", text, re.MULTILINE)
+    command = text[text.index("exec python ") :].replace("\\\n", "").replace('"${rewards[@]}"', rewards[1] if rewards else "")
+    command = shlex.split(command.replace("${VIDEOALIGN:-}", "x").replace("${HPS:-}", "x").replace("${CLIP:-}", "x"))
     given = command[command.index(f"$repository/{model.script}.py") + 1 : -1]  # the last is "$@"
     given += ["--output_dir", "run", *(word for name, value in model.flags.items() for word in (f"--{name}", str(value)))]
     module = importlib.import_module(model.script)

@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
 # Encode a prompt file for Wan 2.1 on all GPUs of this machine, in bfloat16. From any folder:
 #   MODEL=/path/to/Wan2.1-T2V-1.3B-Diffusers PROMPTS=prompts.txt OUTPUT_DIR=data/wan_embeddings scripts/preprocess_wan.sh [flags of preprocess/embed_wan.py]
-# A killed run continues when started again. GPUS limits the number of processes. On several nodes: docs/clusters.md.
+# A killed run continues when started again. GPUS limits the number of processes; DS_ACCELERATOR=cpu runs on CPUs. On several nodes: docs/clusters.md.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the Wan2.1-T2V folder}" --family wan --use embedding
-torchrun "${rendezvous[@]}" --nproc_per_node "$GPUS" \
+need MODEL PROMPTS OUTPUT_DIR
+python "$repository/preprocess/check_model.py" "$MODEL" --family wan --use embedding
+exec python "$repository/scripts/launch.py" "${rendezvous[@]}" --nproc_per_node "$GPUS" \
   "$repository/preprocess/embed_wan.py" \
   --model "$MODEL" \
-  --prompts "${PROMPTS:?set PROMPTS to a .txt or .jsonl prompt file}" \
-  --output_dir "${OUTPUT_DIR:?set OUTPUT_DIR to the folder of the cache}" \
+  --prompts "$PROMPTS" \
+  --output_dir "$OUTPUT_DIR" \
   --max_sequence_length 512 \
   --batch_size 32 \
   --shard_size 64 \

@@ -11,11 +11,11 @@ processes=${PROCESSES:-2}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 echo "== 1. cache the embeddings of the training prompts"
-python preprocess/embed_flux.py --model shapes/models/flux --prompts shapes/prompts/train.txt --output_dir runs/embeddings/flux_shapes
+attend python preprocess/embed_flux.py --model shapes/models/flux --prompts shapes/prompts/train.txt --output_dir runs/embeddings/flux_shapes
 
 echo "== 2. train"
 train_start=$SECONDS
-torchrun --standalone --nproc_per_node "$processes" train_grpo_flux.py \
+attend python scripts/launch.py --standalone --nproc_per_node "$processes" train_grpo_flux.py \
     --model shapes/models/flux --embeddings runs/embeddings/flux_shapes --output_dir "$run" \
     --rewards shapes shapes_strict --iterations 190 --prompts_per_iteration 8 --num_generations 16 --best_of_n 8 --updates_per_iteration 1 \
     --sampling_steps 8 --shift 3 --noise_level 2 --sde_window 0 4 --timestep_fraction 1 \
@@ -24,7 +24,7 @@ torchrun --standalone --nproc_per_node "$processes" train_grpo_flux.py \
 train_seconds=$((SECONDS - train_start))
 
 echo "== 3. evaluate before and after, on prompts that training never asked for"
-torchrun --standalone --nproc_per_node "$processes" evaluate.py --model shapes/models/flux --checkpoint "$run/export" \
+attend python scripts/launch.py --standalone --nproc_per_node "$processes" evaluate.py --model shapes/models/flux --checkpoint "$run/export" \
     --prompts shapes/prompts/heldout.txt --rewards shapes_strict shapes clip=shapes/models/clip aesthetic \
     --num_seeds 3 --images_per_prompt 24 --batch_size 64 --output_dir "$run/evaluation"
 

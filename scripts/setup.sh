@@ -5,9 +5,26 @@
 set -euo pipefail
 repository="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 
-fail() {
+fail() { # by a mistake of who called
     echo "error: $*" >&2
-    exit 1
+    exit 2
+}
+
+need() { # NAMES of variables that the caller must have set
+    local name unset=''
+    for name in "$@"; do
+        [ -n "${!name:-}" ] || unset+=", $name"
+    done
+    [ -z "$unset" ] || fail "set ${unset#, }: the head of $0 shows how"
+}
+
+given() { # FLAG WORDS...: whether the flag is one of the words
+    local flag=$1 word
+    shift
+    for word in "$@"; do
+        [[ $word != "$flag" && $word != "$flag="* ]] || return 0
+    done
+    return 1
 }
 
 find_python() {
@@ -53,26 +70,38 @@ fi
 export PATH="$repository/.venv/bin:$PATH"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
 
-# A signal is for the training processes, which save and stop: torchrun passes it on, and waits half an hour for them, not 30 seconds. One that
-# is ignored, as nohup has SIGHUP, stays so.
-export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT,SIGUSR1,SIGUSR2 PET_SHUTDOWN_TIMEOUT=${PET_SHUTDOWN_TIMEOUT:-1800}
-[ -n "$(trap -p HUP)" ] || PET_SIGNALS_TO_HANDLE+=,SIGHUP
 # GPU memory without fragments; the last 2,000 collectives of each process, written down when one takes too long: docs/clusters.md.
 export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000} TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 case ${0##*/} in
 preprocess_*.sh) # all GPUs; one process where PyTorch finds none, which runs on the CPU or says what is wrong
-    GPUS=${GPUS:-$(python -c 'import torch; print(torch.cuda.device_count() or 1)')}
+    GPUS=${GPUS:-$(python -c 'import signal; signal.signal(2, signal.SIG_DFL); import torch; print(torch.cuda.device_count() or 1)')}
     ;;&
-train_*.sh | preprocess_*.sh) # torchrun would give each process one thread, of which --offload's optimizer wants many
+train_*.sh | preprocess_*.sh) # torchrun gives each process one thread, of which --offload's optimizer wants many
     threads=$(($(nproc) / ${GPUS:-8}))
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}
     ;;
 esac
 
-# How torchrun's processes meet. Alone on a node, at any free port: others may train there too.
+# How the processes meet. Alone on a node, at any free port: others may train there too.
 if [ "${NNODES:-1}" = 1 ] && [ -z "${MASTER_PORT:-}" ]; then
     rendezvous=(--standalone)
 else
     rendezvous=(--nnodes "${NNODES:-1}" --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}")
 fi
+
+attend() { # COMMAND...: for scripts that have more to do after it: passes on what asks it to stop, and ends with its exit code
+    local code=128 name
+    (trap - INT QUIT && exec "$@") & # which bash has what is in the background ignore
+    attended=$!
+    for name in TERM INT QUIT HUP USR1 USR2; do
+        # shellcheck disable=SC2064
+        [ -n "$(trap -p "$name")" ] || trap "kill -$name $attended 2>/dev/null || true" "$name"
+    done
+    while [ "$code" -ge 128 ] && kill -0 "$attended" 2>/dev/null; do # a trap interrupts `wait`
+        code=0
+        wait "$attended" || code=$?
+    done
+    trap - TERM INT QUIT HUP USR1 USR2
+    return "$code"
+}

@@ -67,11 +67,11 @@ skyreels)
 *) fail "unknown experiment '$experiment': see the head of $0" ;;
 esac
 
-launch=(torchrun --standalone --nproc_per_node "${PROCESSES:-2}")
+launch=(attend python scripts/launch.py --standalone --nproc_per_node "${PROCESSES:-2}")
 model=shapes/models/$family cache=runs/embeddings/${family}_shapes_$(basename "${train%.*}")
 common=(--seed "$seed" --prompts_per_iteration 8 --sampling_steps 8 --lr_warmup_steps 5 --zero_stage 1
     --height 32 --width 32 --rollout_batch_size 64 --micro_batch_size 64 --checkpoint_every 100 --sample_every 100)
-python "preprocess/embed_$family.py" --model "$model" --prompts "shapes/prompts/$train" --output_dir "$cache" "${embed[@]}"
+attend python "preprocess/embed_$family.py" --model "$model" --prompts "shapes/prompts/$train" --output_dir "$cache" "${embed[@]}"
 "${launch[@]}" "train_grpo_$family.py" --model "$model" --embeddings "$cache" --output_dir "$run" "${common[@]}" "${flags[@]}" "$@"
 "${launch[@]}" evaluate.py --model "$model" --checkpoint "$run/export" --prompts "shapes/prompts/$heldout" \
     --rewards "${evaluated[@]}" --num_seeds 3 --images_per_prompt "$images" --batch_size 64 --output_dir "$run/evaluation"

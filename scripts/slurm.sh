@@ -79,7 +79,7 @@ trap on_warning USR1
 trap on_end TERM
 
 cd "$SLURM_SUBMIT_DIR"
-[ -f scripts/slurm_node.py ] || fail "$PWD is not the repository's root: submit from there"
+[ -f scripts/launch.py ] || fail "$PWD is not the repository's root: submit from there"
 [ -f "${1:-}" ] || fail "${1:-nothing} is no script: sbatch scripts/slurm.sh train_grpo_flux.py --output_dir ..."
 if [ -z "${CONTAINER:=}" ]; then
     bash scripts/setup.sh requirements.txt # once, not on all nodes at the same time
@@ -105,15 +105,13 @@ cpus=${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > GPUS ? cpus / GPUS : 1))}
 mkdir -p "$LOGS"
 
-# What a node runs. The scripts of scripts/ call torchrun too: for them it is this function.
+# What a node runs. The scripts of scripts/ call launch.py themselves.
 # shellcheck disable=SC2016
-node='source scripts/setup.sh requirements.txt
-export NODE_RANK=$SLURM_NODEID
-torchrun() { exec python scripts/slurm_node.py "$@"; }
-export -f torchrun
+node='export NODE_RANK=$SLURM_NODEID LAUNCH_LOGS=$LOGS
+source scripts/setup.sh requirements.txt
 case $1 in
 *.sh) exec bash "$@" ;;
-*) torchrun --nnodes "$NNODES" --node_rank "$NODE_RANK" --nproc_per_node "$GPUS" --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" "$@" ;;
+*) exec python scripts/launch.py "${rendezvous[@]}" --nproc_per_node "$GPUS" "$@" ;;
 esac'
 
 output_dir=${OUTPUT_DIR:-}

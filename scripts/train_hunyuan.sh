@@ -10,7 +10,8 @@
 #   frames                              53                    53
 #   VideoAlign            VQ, MQ apart                        VQ + MQ
 # VideoAlign is shown 2 frames a second: 4 of 53 at the clips' own 24. The release stores clips at 8 before it scores them, so that 14 are shown: for that add
-# ,clip_fps=8 to each reward. For other rewards add --rewards NAME... at the end (docs/rewards.md).
+# ,clip_fps=8 to each reward. For other rewards add --rewards NAME... at the end (docs/rewards.md);
+# VIDEOALIGN is not needed then.
 #
 #   MODEL=models/HunyuanVideo EMBEDDINGS=runs/embeddings/hunyuan VIDEOALIGN=models/VideoReward bash scripts/train_hunyuan.sh --output_dir runs/hunyuan
 #
@@ -18,12 +19,16 @@
 #   --prompts_per_iteration 16 --num_generations 12 --best_of_n 0 --lora_rank 32 --learning_rate 1e-4
 # Without LoRA 80 GB do from 16 GPUs on; on 8 add --zero_stage 3 --no-gather_for_rollout.
 # Text-to-image, with rewards for pictures: --num_frames 1 --height 720 --width 720 --rewards hpsv2=FILE clip=FOLDER --reward_weights 0.7 1.4
+# GPUS is the number of processes on a node (8). On CPUs: DS_ACCELERATOR=cpu GPUS=2. Its process ID is the one to signal: it saves and stops.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the HunyuanVideo folder}" --family hunyuan --use training
-torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
-    "$repository/train_grpo_hunyuan.py" --model "$MODEL" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
-    --rewards "videoalign.vq=${VIDEOALIGN:?set VIDEOALIGN to the VideoReward folder}" "videoalign.mq=$VIDEOALIGN" \
+rewards=(--rewards "videoalign.vq=${VIDEOALIGN:-}" "videoalign.mq=${VIDEOALIGN:-}")
+! given --rewards "$@" || rewards=()
+need MODEL EMBEDDINGS ${rewards:+VIDEOALIGN}
+python "$repository/preprocess/check_model.py" "$MODEL" --family hunyuan --use training
+exec python "$repository/scripts/launch.py" "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
+    "$repository/train_grpo_hunyuan.py" --model "$MODEL" --embeddings "$EMBEDDINGS" \
+    "${rewards[@]}" \
     --iterations 300 --prompts_per_iteration 32 --num_generations 24 --best_of_n 8 --updates_per_iteration 4 \
     --height 480 --width 480 --num_frames 53 --sampling_steps 16 --shift 5 --noise_level 0.25 --timestep_fraction 0.6 --embedded_guidance 6.018 \
     --learning_rate 1e-5 --clip_range 1e-4 --ema_decay 0.995 --vae_tiling \

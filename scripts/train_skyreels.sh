@@ -10,7 +10,8 @@
 #   frames                       53       53
 #   VideoAlign            MQ              MQ
 # VideoAlign is shown 2 frames a second: 4 of 53 at the clips' own 24. The release stores clips at 8 before it scores them, so that 14 are shown: for that add
-# ,clip_fps=8 to each reward. For other rewards add --rewards NAME... at the end (docs/rewards.md).
+# ,clip_fps=8 to each reward. For other rewards add --rewards NAME... at the end (docs/rewards.md);
+# VIDEOALIGN is not needed then.
 # An iteration takes about 23 minutes (an estimate): hence --checkpoint_every 5.
 #
 #   MODEL=models/SkyReels-V1-I2V EMBEDDINGS=runs/embeddings/skyreels VIDEOALIGN=models/VideoReward bash scripts/train_skyreels.sh --output_dir runs/skyreels
@@ -18,12 +19,16 @@
 # On each of 4 nodes also set NNODES=4, NODE_RANK and MASTER_ADDR. On one node of 8 GPUs add
 #   --prompts_per_iteration 16 --lora_rank 32 --learning_rate 1e-4
 # Without LoRA 80 GB do from 16 GPUs on; on 8 add --zero_stage 3.
+# GPUS is the number of processes on a node (8). On CPUs: DS_ACCELERATOR=cpu GPUS=2. Its process ID is the one to signal: it saves and stops.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-python "$repository/preprocess/check_model.py" "${MODEL:?set MODEL to the SkyReels folder}" --family skyreels --use training
-torchrun "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
-    "$repository/train_grpo_skyreels.py" --model "$MODEL" --embeddings "${EMBEDDINGS:?set EMBEDDINGS to the embedding cache}" \
-    --rewards "videoalign.mq=${VIDEOALIGN:?set VIDEOALIGN to the VideoReward folder}" \
+rewards=(--rewards "videoalign.mq=${VIDEOALIGN:-}")
+! given --rewards "$@" || rewards=()
+need MODEL EMBEDDINGS ${rewards:+VIDEOALIGN}
+python "$repository/preprocess/check_model.py" "$MODEL" --family skyreels --use training
+exec python "$repository/scripts/launch.py" "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
+    "$repository/train_grpo_skyreels.py" --model "$MODEL" --embeddings "$EMBEDDINGS" \
+    "${rewards[@]}" \
     --iterations 300 --prompts_per_iteration 32 --num_generations 8 --updates_per_iteration 1 \
     --height 400 --width 640 --num_frames 53 --sampling_steps 16 --shift 7 --noise_level 0.3 --timestep_fraction 0.6 \
     --guidance_scale 5 --embedded_guidance 1 --learning_rate 1e-5 --clip_range 1e-4 --ema_decay 0.995 --vae_tiling \

@@ -246,22 +246,24 @@ def test_wrong_flags(image_file, tmp_path, capsys, family, flags, message):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_launcher_passes_its_flags_on(tmp_path, family):
-    """From another folder, with a torchrun and a python that only show their arguments, and a setup that installs nothing."""
+    """From another folder, with a python that only shows its arguments, where all is installed."""
     repository = tmp_path / "repository"
-    (repository / "scripts").mkdir(parents=True)
-    launcher = shutil.copy(REPOSITORY / "scripts" / f"preprocess_{family}.sh", repository / "scripts")
-    (repository / "scripts" / "setup.sh").write_text(f'set -euo pipefail\nrepository="{repository}"\nrendezvous=(--standalone) GPUS=3\n')
-    for program in ("torchrun", "python"):
-        (tmp_path / program).write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
-        (tmp_path / program).chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "MODEL": "model dir", "PROMPTS": "p.txt"}
+    for folder in ("scripts", ".venv/bin"):
+        (repository / folder).mkdir(parents=True)
+    for name in ("requirements.txt", "scripts/setup.sh", f"scripts/preprocess_{family}.sh"):
+        launcher = shutil.copy(REPOSITORY / name, repository / name)
+    (repository / ".venv" / "installed-requirements.txt").write_text(2 * (REPOSITORY / "requirements.txt").read_text())
+    (repository / ".venv" / "bin" / "python").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (repository / ".venv" / "bin" / "python").chmod(0o755)
+    environment = {"PATH": os.environ["PATH"], "GPUS": "3", "MODEL": "model dir", "PROMPTS": "p.txt"}
     command = ["bash", launcher, "--batch_size", "8"]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert result.returncode != 0
+    assert result.returncode == 2
     assert "set OUTPUT_DIR" in result.stderr
     environment["OUTPUT_DIR"] = "cache"
     arguments = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
     assert arguments[:6] == [f"{repository}/preprocess/check_model.py", "model dir", "--family", family, "--use", "embedding"]
-    assert arguments[6:10] == ["--standalone", "--nproc_per_node", "3", f"{repository}/preprocess/embed_{family}.py"]
-    assert "model dir" in arguments[6:]
+    assert arguments[6:8] == [f"{repository}/scripts/launch.py", "--standalone"]
+    assert arguments[8:11] == ["--nproc_per_node", "3", f"{repository}/preprocess/embed_{family}.py"]
+    assert "model dir" in arguments[8:]
     assert arguments[-2:] == ["--batch_size", "8"]

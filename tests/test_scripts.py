@@ -186,14 +186,17 @@ def test_help_shows_the_flags_in_groups(script, monkeypatch, capsys):
 
 
 def launched(shell_script: Path) -> tuple[Path, list[str]]:
-    """The Python script that a shell script gives to torchrun, and the words after it; variables without a default become a word."""
+    """The Python script that a shell script launches, and the words after it; variables without a default become a word."""
     text = re.sub(r"\\\n", " ", shell_script.read_text())
-    command = next(line for line in text.splitlines() if line.startswith("torchrun "))
+    command = next(line for line in text.splitlines() if line.startswith("exec python "))
+    if rewards := re.search(r"^rewards=\((.*)\)$", text, re.MULTILINE):
+        command = command.replace('"${rewards[@]}"', rewards[1])
     command = command.replace('"$@"', "").replace("$repository", str(REPOSITORY)).replace("$MODEL", "x")
-    command = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", command)
-    command = re.sub(r"\$\{\w+:\?[^}]*\}", "x.jsonl", command)
+    command = re.sub(r"\$\{\w+:-(\d*)\}", lambda found: found[1] or "x", command)
+    command = re.sub(r"\$(PROMPTS|OUTPUT_DIR|EMBEDDINGS)", "x.jsonl", command)
     words = shlex.split(command)
-    place = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    assert words[2] == str(REPOSITORY / "scripts" / "launch.py")
+    place = next(i for i, word in enumerate(words) if word.endswith(".py") and i > 2)
     return Path(words[place]), words[place + 1 :]
 
 
@@ -217,7 +220,8 @@ def test_launch_scripts_check_the_model_first(shell_script):
     lines = shell_script.read_text().splitlines()
     check = next(i for i, line in enumerate(lines) if "check_model.py" in line)
     assert lines[check].endswith(f"--family {family} --use {'training' if kind == 'train' else 'embedding'}")
-    assert lines[check + 1].startswith('torchrun "${rendezvous[@]}" ')
+    assert lines[check + 1].startswith('exec python "$repository/scripts/launch.py" "${rendezvous[@]}" ')  # whom to signal is this process
+    assert "torchrun" not in shell_script.read_text()
 
 
 def bash(command: str, **environment: object) -> subprocess.CompletedProcess:
@@ -227,13 +231,30 @@ def bash(command: str, **environment: object) -> subprocess.CompletedProcess:
     return subprocess.run(["bash", "-c", command], env=given, cwd=REPOSITORY, capture_output=True, text=True, check=False)
 
 
-def test_a_wrong_folder_is_refused_before_torchrun(tmp_path):
-    command = f"torchrun() {{ touch {tmp_path / 'started'}; }}; export -f torchrun; bash scripts/preprocess_flux.sh"
+@pytest.mark.parametrize("shell_script", LAUNCHERS, ids=lambda path: path.name)
+def test_launch_scripts_ask_for_all_that_is_missing_at_once(shell_script):
+    """And for the files of their own rewards only if no others are given."""
+    if shell_script.name.startswith("preprocess"):
+        needed = "MODEL, PROMPTS, OUTPUT_DIR"
+    else:
+        needed = "MODEL, EMBEDDINGS, " + ("HPS, CLIP" if shell_script.stem in ("train_flux", "train_sd") else "VIDEOALIGN")
+        assert "MODEL=" in shell_script.read_text()
+    result = bash(f"bash {shell_script}", GPUS=1)
+    assert (result.returncode, result.stderr) == (2, f"error: set {needed}: the head of {shell_script} shows how\n")
+    if shell_script.name.startswith("train"):
+        for given in ("--rewards aesthetic", "--rewards=aesthetic"):
+            result = bash(f"bash {shell_script} {given}", GPUS=1)
+            assert "error: set MODEL, EMBEDDINGS: the head" in result.stderr
+
+
+def test_a_wrong_folder_is_refused_before_the_launch(tmp_path):
+    command = "bash scripts/preprocess_flux.sh"
     given = {"MODEL": REPOSITORY / "shapes" / "models" / "sd", "PROMPTS": PROMPTS, "OUTPUT_DIR": tmp_path / "cache"}
     result = bash(command, **given)
     assert result.returncode == 2
-    assert "is a StableDiffusionPipeline by its model_index.json" in result.stderr
-    assert not (tmp_path / "started").exists()
+    [said] = result.stderr.splitlines()
+    assert said.startswith("error: MODEL ") and "is a StableDiffusionPipeline by its model_index.json" in said
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ENVIRONMENT, REPOSITORY, TRAIN, command, flag_list, start_forked
+from conftest import ENVIRONMENT, MODEL, REPOSITORY, TRAIN, command, flag_list, start_forked
 from test_resume import assert_same_run
 
 from fastvideo.runs import stop
@@ -82,20 +82,110 @@ def own_terminal() -> None:
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
-def launcher(folder: Path, run: Path, run_flags) -> list[str]:
-    """A script as those of scripts/: bash, which starts torchrun with two processes."""
-    words = " ".join(flag_list(*run_flags(run, ENDLESS)))
+def launch_script(folder: Path, script: Path, words: str = "", last: str = "exec python") -> list[str]:
+    """A script as those of scripts/, which starts `script` with two processes."""
     path = folder / "train_small.sh"
     path.write_text(
         f"source {REPOSITORY}/scripts/setup.sh requirements-dev.txt\n"
         f'echo "$OMP_NUM_THREADS" >{folder}/threads\n'
-        f"torchrun --standalone --nproc_per_node 2 {TRAIN} {words}\n"
+        f'{last} "$repository/scripts/launch.py" "${{rendezvous[@]}}" --nproc_per_node 2 {script} {words}\n'
     )
     return ["bash", str(path)]
 
 
+def launcher(folder: Path, run: Path, run_flags) -> list[str]:
+    return launch_script(folder, TRAIN, " ".join(flag_list(*run_flags(run, ENDLESS))))
+
+
+# Notes that it is there; then as asked: refuses its flags, waits without listening, or listens and takes a second to save.
+WORKER = """
+import os, signal, sys, time
+mode, folder = sys.argv[1:]
+rank = int(os.environ["RANK"])
+def save(number, frame):
+    time.sleep(1)
+    open(f"{folder}/saved_{rank}", "w").close()
+    os._exit(128 + number)
+if mode == "listens":
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, save)
+open(f"{folder}/started_{rank}", "w").write(str(os.getpid()))
+while not (os.path.exists(f"{folder}/started_0") and os.path.exists(f"{folder}/started_1")):
+    time.sleep(0.01)
+if mode == "refuses":
+    if rank == 0:
+        print("error: --shift -1 must be above 0", file=sys.stderr, flush=True)
+        sys.exit(2)
+if mode == "dies" and rank == 1:
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(300)
+"""
+
+
+@pytest.mark.parametrize(
+    ("mode", "number", "last", "code", "says"),
+    [
+        ("refuses", None, "exec python", 2, "error: --shift -1 must be above 0"),
+        ("dies", None, "exec python", 137, "error: rank 1, which was the first to fail on this node, was ended by SIGKILL"),
+        ("loads", signal.SIGINT, "exec python", 130, ""),
+        ("listens", signal.SIGTERM, "exec python", 143, ""),
+        ("listens", signal.SIGINT, "attend python", 130, ""),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("refuses", None, "attend python", 2, "error: --shift -1 must be above 0"),
+                ("loads", signal.SIGTERM, "attend python", 143, ""),
+                ("loads", signal.SIGHUP, "exec python", 129, ""),
+                ("listens", signal.SIGUSR1, "exec python", 138, ""),
+            )
+        ),
+    ],
+)
+def test_a_launch_script_passes_signals_on_and_ends_as_its_processes_do(tmp_path, mode, number, last, code, says):
+    """The signal goes to the script's process alone, twice, as by an impatient user; nothing is left, and all that is said is `says`."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    words = launch_script(tmp_path, tmp_path / "worker.py", f"{mode} {tmp_path}", last)
+    with open(tmp_path / "log", "w") as log:
+        script = subprocess.Popen(words, stdout=log, stderr=log, env=os.environ | ENVIRONMENT, start_new_session=True)
+    started = [tmp_path / f"started_{rank}" for rank in range(2)]
+    wait_until(lambda: all(path.exists() and path.read_text() for path in started))
+    if number:
+        script.send_signal(number)
+        time.sleep(0.3)
+        script.send_signal(number)
+    assert script.wait(30) == code, (tmp_path / "log").read_text()
+    assert not any(Path(f"/proc/{path.read_text()}").exists() for path in started)
+    assert all((tmp_path / f"saved_{rank}").exists() == (mode == "listens") for rank in range(2))
+    said = (tmp_path / "log").read_text().strip()
+    assert said.startswith(says) and said.count("\n") == 0 and bool(said) == bool(says)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["python", "torchrun"])
+def test_kill_of_a_launch_script_saves_and_leaves_nothing(cache, run_flags, tmp_path):
+    """scripts/train_flux.sh itself, with rewards of its user's own; then the same command with a mistake."""
+    run = tmp_path / "run"
+    flags = flag_list(*run_flags(run, ENDLESS | {"--dtype": "float32", "--shift": 3}))
+    given = os.environ | ENVIRONMENT | {"MODEL": str(MODEL), "EMBEDDINGS": str(cache), "GPUS": "2"}
+    words = ["bash", "scripts/train_flux.sh", *flags, "--rollout_batch_size", "8"]
+    with open(tmp_path / "log", "w") as log:
+        script = subprocess.Popen(words, stdout=log, stderr=log, env=given, cwd=REPOSITORY, start_new_session=True)
+    wait_until(lambda: iterations(run) >= 2)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(60) == 128 + signal.SIGTERM
+    said = (tmp_path / "log").read_text()
+    assert said.splitlines()[-1] == "stopped by SIGTERM; the same command goes on from the last checkpoint" and "Traceback" not in said
+    with pytest.raises(ProcessLookupError):
+        os.killpg(script.pid, 0)
+    done = assert_saved(run)
+    again = subprocess.run([*words, "--iterations", str(done)], env=given, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    wrong = subprocess.run([*words, "--noise_level", "-1"], env=given, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert wrong.stderr.splitlines()[-1].startswith("error: --noise_level") and "Traceback" not in wrong.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("by", ["python", "launch script"])
 def test_closed_terminal(run_flags, tmp_path, by):
     """All it says from then on fails: it must still save."""
     run = tmp_path / "run"
@@ -113,14 +203,14 @@ def test_closed_terminal(run_flags, tmp_path, by):
 
     wait_until(read_and_look)
     os.close(ours)
-    assert process.wait(60) in ([128 + signal.SIGHUP] if by == "python" else [128 + signal.SIGHUP, 1, -signal.SIGHUP])
+    assert process.wait(60) == 128 + signal.SIGHUP
     wait_until(lambda: (run / "checkpoints" / "latest").exists(), 60)
     assert_saved(run)
 
 
 @pytest.mark.slow
 def test_nohup(run_flags, tmp_path):
-    """It goes on at SIGHUP, and saves at SIGTERM, here to torchrun alone."""
+    """It goes on at SIGHUP, and saves at SIGTERM to the script alone."""
     run = tmp_path / "run"
     words = ["nohup", *launcher(tmp_path, run, run_flags)]
     with open(tmp_path / "log", "w") as log:
@@ -129,9 +219,8 @@ def test_nohup(run_flags, tmp_path):
     os.killpg(group.pid, signal.SIGHUP)
     before = iterations(run)
     wait_until(lambda: iterations(run) >= before + 3)
-    [torchrun] = [int(child) for child in Path(f"/proc/{group.pid}/task/{group.pid}/children").read_text().split()]
-    os.kill(torchrun, signal.SIGTERM)
-    assert group.wait(60) != 0
+    group.send_signal(signal.SIGTERM)
+    assert group.wait(60) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM" in (tmp_path / "log").read_text()
     assert_saved(run)
     assert (tmp_path / "threads").read_text() == "1\n"
