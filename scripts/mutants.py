@@ -552,14 +552,14 @@ MUTANTS = [
     Mutant(
         "rewards may turn gradients off",
         "fastvideo/rewards/isolation.py",
-        "        torch.set_grad_enabled(grad)\n",
+        "    (torch.is_grad_enabled, torch.set_grad_enabled),\n",
         "",
         "tests/test_reward_isolation.py",
     ),
     Mutant(
         "scores that are not finite pass",
         REWARDS,
-        "if not torch.isfinite(torch.tensor(value)):",
+        "if not math.isfinite(value):",
         "if value is None:",
         "tests/test_reward_checks.py -k broken_reward",
     ),
@@ -586,7 +586,7 @@ MUTANTS = [
     ),
     Mutant(
         "shapes: pictures half as bright",
-        "fastvideo/rewards/shapes.py",
+        "shapes/rewards.py",
         "media.detach().float().cpu() / 2 + 0.5",
         "media.detach().float().cpu() / 2",
         WIRING,
