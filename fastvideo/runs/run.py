@@ -57,8 +57,8 @@ class Run:
         self.resume_from = run_folder.enter(args.output_dir, args.resume, self.arguments, self.cache.digest, args.allow_changed_args)
         distributed.on_main(lambda: check_model(args.model, family, "training"))
         check_encoder(self.cache, args.model)
-        rows = self.cache.rows[: self.cache.num_prompts]
-        self.rewards = load_rewards(parse_rewards(args.rewards + args.held_out_rewards), self.device, rows)
+        specs, rows = parse_rewards(args.rewards + args.held_out_rewards), self.cache.rows[: self.cache.num_prompts]
+        self.rewards = distributed.together(lambda: load_rewards(specs, self.device, rows))
         self.weights = dict(zip(self.rewards, args.reward_weights))
 
     def train(self, network: ModelMixin, pairs_per_update: int, clip_range: float, keep_initial: bool) -> None:
