@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import REPOSITORY, SMALL_RUN, command, launch, metrics_of, weights_of
-from test_families import FAMILIES, Family
+from test_families import CASES, Case
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 PROMPTS = REPOSITORY / "shapes" / "prompts"
-ALL = FAMILIES | {"flux": Family("flux", "train.txt", ("aesthetic",))}
+ALL = CASES | {"flux": Case("flux", {"--rewards": ("aesthetic",)})}
 
 
 def run_on_gpu(script: Path, *flags: object, check: bool = True) -> subprocess.CompletedProcess:
@@ -30,7 +30,7 @@ def cache_of(tmp_path_factory):
     """Function from a family to the embeddings of eight of its prompts, made on the GPU in float32."""
     made = {}
 
-    def make(family: Family) -> Path:
+    def make(family: Case) -> Path:
         if family.name not in made:
             folder = tmp_path_factory.mktemp(family.name)
             lines = (PROMPTS / family.prompts).read_text().splitlines()[::50][:8]
@@ -38,16 +38,17 @@ def cache_of(tmp_path_factory):
             rows = [row | ({"image": str(PROMPTS / row["image"])} if "image" in row else {}) for row in rows]
             (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
             flags = {"--model": family.model, "--prompts": folder / "prompts.jsonl", "--output_dir": folder / "cache", "--dtype": "float32"}
-            run_on_gpu(REPOSITORY / "preprocess" / f"embed_{family.name}.py", flags | family.embed)
+            flags |= {"--height": 32, "--width": 32} if family.facts.from_images else {}
+            run_on_gpu(REPOSITORY / "preprocess" / f"embed_{family.name}.py", flags)
             made[family.name] = folder / "cache"
         return made[family.name]
 
     return make
 
 
-def flags_of(family: Family, cache: Path, run: Path, *others: dict) -> dict:
+def flags_of(family: Case, cache: Path, run: Path, *others: dict) -> dict:
     flags = SMALL_RUN | {"--model": family.model, "--embeddings": cache, "--output_dir": run, "--rewards": family.rewards}
-    flags |= {"--sampling_steps": family.sampling_steps, "--noise_level": family.noise_level, "--num_generations": 8} | family.flags
+    flags |= {"--sampling_steps": 20 if family.ddim else 6, "--noise_level": 0.7, "--num_generations": 8} | family.flags
     for other in others:
         flags |= other
     return flags
