@@ -39,6 +39,11 @@ ENVIRONMENT = {
 }
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for what runs in pytest's own process; read when torch is imported
 
+# Ignored where the tests run in the background or by nohup, which the processes that they start would inherit.
+for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGQUIT, signal.SIG_DFL), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, handler)
+
 SMALL_RUN = {
     "--height": 32,
     "--width": 32,
