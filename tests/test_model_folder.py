@@ -101,6 +101,37 @@ def test_files_that_are_missing_or_cut_off(copy):
     assert sentence(model) == f"--model: there is no folder {network}"
 
 
+@pytest.mark.parametrize("use", ["embedding", "evaluation"])
+def test_a_tokenizer_that_is_missing_broken_or_of_another_encoder(copy, use):
+    model = copy("hunyuan")
+    file = model / "tokenizer" / "tokenizer.json"
+    whole = file.read_text()
+    others = {  # more tokens than LLaMA has, and far fewer
+        "knows 574 tokens, but {}/text_encoder has 505": "hunyuan/tokenizer_2",
+        "knows 124 tokens, but {}/text_encoder has 505": "wan/tokenizer",
+    }
+    for said, other in others.items():
+        shutil.copytree(MODELS / other, file.parent, dirs_exist_ok=True)
+        assert said.format(model) in sentence(model, "hunyuan", use)
+    shutil.copytree(MODELS / "hunyuan" / "tokenizer", file.parent, dirs_exist_ok=True)
+    check_model(model, "hunyuan", use)
+    file.write_text(whole[:1000])
+    assert f"{file.parent} is no tokenizer that works (tokenizer.json, tokenizer_config.json): " in sentence(model, "hunyuan", use)
+    file.unlink()
+    assert f"{file.parent} has no tokenizer.json, and what it has" in sentence(model, "hunyuan", use)
+    assert sentence(model, "hunyuan", use).endswith("download the folder again")
+    shutil.rmtree(file.parent)
+    file.parent.mkdir()
+    assert sentence(model, "hunyuan", use) == f"--model: {file.parent} is empty: download the folder again"
+    check_model(model, "hunyuan", "training")
+
+
+def test_flux_with_its_second_tokenizer_twice(copy):
+    model = copy("flux")
+    shutil.copytree(model / "tokenizer_2", model / "tokenizer", dirs_exist_ok=True)
+    assert f"{model}/tokenizer knows 119 tokens, but {model}/text_encoder has 574: it is another encoder's" in sentence(model)
+
+
 def test_weights_are_compared_with_the_config(copy):
     model = copy("hunyuan")
     for part, stem in (("vae", "diffusion_pytorch_model"), ("text_encoder", "model")):

@@ -15,6 +15,7 @@ import transformers
 
 from fastvideo.errors import UserError, first_line
 from fastvideo.models.pretrained import reading
+from fastvideo.models.tokenizers import check_tokenizer
 
 Use = Literal["training", "embedding", "evaluation"]
 
@@ -102,6 +103,8 @@ def check_model(folder: str | Path, family: str | None = None, use: Use = "evalu
             raise UserError(f"{flag}: there is no folder {folder / name}")
         if model_class:
             sizes[name] = _check_weights(folder / name, model_class, flag)
+        elif name.startswith("tokenizer"):
+            check_tokenizer(folder / name, folder / name.replace("tokenizer", "text_encoder"), flag)
         elif name == "scheduler" and not (folder / name / "scheduler_config.json").is_file():
             raise UserError(f"{flag}: {folder / name} has no scheduler_config.json")
     if kind.network_folder in sizes:
