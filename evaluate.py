@@ -15,13 +15,7 @@ from typing import Any, Literal
 
 import torch
 import tyro
-from diffusers import (
-    DDIMScheduler,
-    DiffusionPipeline,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    HunyuanSkyreelsImageToVideoPipeline,
-)
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tqdm import tqdm
 
 from fastvideo.embeddings.encoders import check_images, read_image
@@ -30,6 +24,8 @@ from fastvideo.errors import UserError
 from fastvideo.files import whole_file
 from fastvideo.flags import check_numbers
 from fastvideo.media import film_strip, save_grid, save_video, to_pil
+from fastvideo.models.families import FAMILIES
+from fastvideo.models.families.family import Family
 from fastvideo.models.model_folder import check_model
 from fastvideo.models.pretrained import load_pipeline, load_pretrained
 from fastvideo.parallel import distributed
@@ -37,57 +33,12 @@ from fastvideo.parallel.distributed import Ranks, keyed_generator
 from fastvideo.rewards import Reward, load_rewards, parse_rewards, score
 from fastvideo.runs.tracking import plot_rewards, read_metrics
 
-# What each pipeline calls the sampling settings that a run's manifest has, and what they are without a run (None: what the folder says).
-ARGUMENTS = {
-    "StableDiffusionPipeline": {
-        "sampling_steps": ("num_inference_steps", 50),
-        "guidance_scale": ("guidance_scale", 5.0),
-        "height": ("height", None),
-        "width": ("width", None),
-    },
-    "FluxPipeline": {
-        "sampling_steps": ("num_inference_steps", 25),
-        "shift": (None, 3.0),
-        "embedded_guidance": ("guidance_scale", 3.5),
-        "height": ("height", None),
-        "width": ("width", None),
-        "max_sequence_length": ("max_sequence_length", 512),
-    },
-    "HunyuanVideoPipeline": {
-        "sampling_steps": ("num_inference_steps", 25),
-        "shift": (None, 5.0),
-        "embedded_guidance": ("guidance_scale", 6.018),
-        "height": ("height", 480),
-        "width": ("width", 480),
-        "num_frames": ("num_frames", 53),
-        "max_sequence_length": ("max_sequence_length", 256),
-    },
-    "HunyuanSkyreelsImageToVideoPipeline": {
-        "sampling_steps": ("num_inference_steps", 25),
-        "shift": (None, 7.0),
-        "guidance_scale": ("true_cfg_scale", 5.0),
-        "embedded_guidance": ("guidance_scale", 1.0),
-        "height": ("height", 400),
-        "width": ("width", 640),
-        "num_frames": ("num_frames", 53),
-        "max_sequence_length": ("max_sequence_length", 256),
-    },
-    "WanPipeline": {
-        "sampling_steps": ("num_inference_steps", 25),
-        "shift": (None, 5.0),
-        "guidance_scale": ("guidance_scale", 5.0),
-        "height": ("height", 480),
-        "width": ("width", 832),
-        "num_frames": ("num_frames", 81),
-        "max_sequence_length": ("max_sequence_length", 512),
-    },
-}
 # Training's times are evenly spaced before the shift, whatever else a folder's scheduler would do with them.
 PLAIN = dict.fromkeys(
     ("use_dynamic_shifting", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "invert_sigmas", "stochastic_sampling"),
     False,
 ) | {"shift_terminal": None}
-SAMPLING = tuple(dict.fromkeys(name for settings in ARGUMENTS.values() for name in settings))
+SAMPLING = tuple(dict.fromkeys(name for family in FAMILIES.values() for name in family.sampling))
 NUMBERS = {"above 0": " ".join(SAMPLING), "1 or more": "guidance_scale"}
 
 
@@ -145,11 +96,11 @@ def main() -> None:
     without = {"safety_checker": None} if "unet" in parts else {}  # it would blacken pictures, which training does not do
     pipeline = load_pipeline(args.model, args.dtype, ranks.device, **without)
     sampling = sampling_settings(args, pipeline)
-    from_images = isinstance(pipeline, HunyuanSkyreelsImageToVideoPipeline)
-    rows, report = read_prompts(args.prompts, ("prompt", "image") if from_images else ("prompt",))
-    if from_images and "image" not in rows[0]:
+    family = family_of(pipeline)
+    rows, report = read_prompts(args.prompts, ("prompt", "image") if family.from_images else ("prompt",))
+    if family.from_images and "image" not in rows[0]:
         raise UserError(f'--prompts {args.prompts} must be a .jsonl file of objects with a "prompt" and an "image" for {args.model}')
-    if from_images:
+    if family.from_images:
         size = None if args.resize else (sampling["width"], sampling["height"])
         rows = distributed.on_main(lambda: check_images(rows, report["lines"], str(args.prompts), size))
     args.batch_size = args.batch_size or batch_size(pictures=sampling.get("num_frames", 1) == 1)
@@ -157,7 +108,7 @@ def main() -> None:
         pipeline.vae.enable_tiling()
         pipeline.vae.enable_slicing()
     use_trained_sampler(pipeline, sampling)
-    network = "unet" if "unet" in pipeline.components else "transformer"
+    network = family.network_folder
 
     results: dict[str, Any] = {
         "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()},
@@ -190,6 +141,11 @@ def main() -> None:
         print(f"written to {args.output_dir}")
 
 
+def family_of(pipeline: DiffusionPipeline) -> Family:
+    """The facts of a model that `check_model` let pass."""
+    return next(family for family in FAMILIES.values() if family.pipeline == type(pipeline).__name__)
+
+
 def batch_size(pictures: bool) -> int:
     """What fits a GPU of 80 GB for all models, with their text encoders."""
     return 16 if pictures else 1
@@ -207,15 +163,14 @@ def save_comparison(path: Path, media: list[torch.Tensor], labels: list[list[str
 
 def sampling_settings(args: Args, pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Flags first, then the run's manifest, then defaults of the pipeline. Raises UserError for a flag that the pipeline does not have."""
-    known = ARGUMENTS.get(type(pipeline).__name__)
-    if known is None:
-        raise UserError(f"--model {args.model} is a {type(pipeline).__name__}, but these can be evaluated: {', '.join(ARGUMENTS)}")
+    family = family_of(pipeline)
+    known = family.sampling
     settings = {name: default for name, (_, default) in known.items()}
     for size in ("height", "width"):
         settings[size] = settings[size] or pipeline.vae.config.sample_size
     if "max_sequence_length" in settings:
-        tokenizer = pipeline.tokenizer_2 if isinstance(pipeline, FluxPipeline) else pipeline.tokenizer
-        settings["max_sequence_length"] = min(settings["max_sequence_length"], tokenizer.model_max_length)
+        limit = getattr(pipeline, family.length_limit).model_max_length
+        settings["max_sequence_length"] = min(settings["max_sequence_length"], limit)
     if args.checkpoint:
         manifest = args.checkpoint.parent / "manifest.json"
         if not manifest.is_file():
@@ -252,11 +207,12 @@ def use_trained_sampler(pipeline: DiffusionPipeline, sampling: dict[str, Any]) -
 
 def pipeline_arguments(pipeline: DiffusionPipeline, sampling: dict[str, Any], rows: list[dict]) -> dict[str, Any]:
     """What the pipeline is called with for `rows`, generators apart."""
-    known = ARGUMENTS[type(pipeline).__name__]
+    family = family_of(pipeline)
+    known = family.sampling
     arguments = {known[name][0]: value for name, value in sampling.items() if known[name][0]}
     if "guidance_scale" in sampling:
         arguments["negative_prompt"] = [""] * len(rows)
-    if isinstance(pipeline, HunyuanSkyreelsImageToVideoPipeline):
+    if family.from_images:
         arguments["image"] = [read_image(row["image"]) for row in rows]
     return arguments | {"prompt": [row["prompt"] for row in rows], "output_type": "pt"}
 

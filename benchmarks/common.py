@@ -1,5 +1,6 @@
 """What the benchmarks share: starting the processes, a transformer with random weights, a table."""
 
+import importlib
 import os
 import sys
 
@@ -8,9 +9,11 @@ import torch
 from diffusers import FluxTransformer2DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel
 
 from fastvideo.errors import UserError
+from fastvideo.models.families import FAMILIES
 from fastvideo.parallel.distributed import Ranks, compute_dtype
 
-MODELS = ("flux", "hunyuan", "skyreels", "wan")
+NETWORKS = ("flux", "hunyuan", "wan")  # of fastvideo/parallel/networks, those that make_transformer makes
+MODELS = tuple(name for name, family in FAMILIES.items() if family.parallelize in NETWORKS)
 TEXT_WIDTH = 64  # of the text embeddings that the transformers are given; the first thing they do is to project them
 
 
@@ -51,19 +54,20 @@ def make_transformer(
     streams = {"num_layers": layers // 2, "num_single_layers": layers - layers // 2}
     axis = head_dim // 8 * 2
     rope_axes = (head_dim - 2 * axis, axis, axis)
-    if name == "wan":
+    network = FAMILIES[name].parallelize
+    if network == "wan":
         ffn = {"ffn_dim": 4 * heads * head_dim, "rope_max_seq_len": max(1024, tokens)}
         model = WanTransformer3DModel(**sizes, **ffn, num_layers=layers, text_dim=TEXT_WIDTH)
         inputs["hidden_states"] = torch.randn(batch_size, 16, 1, 2, 2 * tokens)  # patches of 2 x 2
     else:
         inputs["pooled_projections"] = torch.randn(batch_size, TEXT_WIDTH)
-        if name == "flux":
+        if network == "flux":
             widths = {"in_channels": 64, "joint_attention_dim": TEXT_WIDTH, "pooled_projection_dim": TEXT_WIDTH}
             model = FluxTransformer2DModel(**sizes, **streams, **widths, axes_dims_rope=rope_axes)
             inputs["hidden_states"] = torch.randn(batch_size, tokens, 64)
             inputs |= {"img_ids": torch.arange(tokens)[:, None].repeat(1, 3).float(), "txt_ids": torch.zeros(text_tokens, 3)}
         else:
-            channels = 32 if name == "skyreels" else 16
+            channels = 16 * FAMILIES[name].channels
             widths = {"in_channels": channels, "out_channels": 16, "text_embed_dim": TEXT_WIDTH, "pooled_projection_dim": TEXT_WIDTH}
             others = {"rope_axes_dim": rope_axes, "num_refiner_layers": 1, "guidance_embeds": False}
             model = HunyuanVideoTransformer3DModel(**sizes, **streams, **widths, **others)
@@ -73,6 +77,11 @@ def make_transformer(
     dtype = compute_dtype(dtype, ranks.device)
     inputs = {key: value.to(ranks.device, dtype if value.is_floating_point() else None) for key, value in inputs.items()}
     return model.to(ranks.device, dtype), inputs
+
+
+def parallelize(family: str, network: torch.nn.Module, ranks: Ranks) -> None:
+    """Share the tokens of each sample among the processes, as the family's training script does."""
+    importlib.import_module(f"fastvideo.parallel.networks.{FAMILIES[family].parallelize}").parallelize(network, ranks)
 
 
 def print_table(rows: list[dict[str, str]]) -> None:

@@ -14,22 +14,13 @@ import runpy
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import diffusers
 import torch
 import tyro
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLHunyuanVideo,
-    AutoencoderKLWan,
-    DDIMScheduler,
-    FluxTransformer2DModel,
-    HunyuanVideoTransformer3DModel,
-    UNet2DConditionModel,
-    WanTransformer3DModel,
-)
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
@@ -37,28 +28,16 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.common import print_table  # noqa: E402 (run as a script, Python knows only this file's folder)
 from fastvideo import rewards  # noqa: E402
 from fastvideo.embeddings.cache import write_cache  # noqa: E402
-from fastvideo.models.model_folder import FAMILIES  # noqa: E402
+from fastvideo.models.families import FAMILIES  # noqa: E402
+from fastvideo.models.families.family import Family  # noqa: E402
 from fastvideo.parallel import distributed  # noqa: E402
 from fastvideo.parallel.distributed import Ranks  # noqa: E402
 from fastvideo.runs import checkpoint, tracking  # noqa: E402
 
-IMAGE_VAE = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "block_out_channels": (128, 256, 512, 512),
-    "layers_per_block": 2,
-}
-FLUX_VAE = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False, "scaling_factor": 0.3611, "shift_factor": 0.1159}
-HUNYUAN_VAE = (AutoencoderKLHunyuanVideo, {})
-LLAMA_AND_CLIP = {"prompt_embeds": (256, 4096), "prompt_attention_mask": (256,), "pooled_prompt_embeds": (768,)}
-
 
 @dataclass(frozen=True)
 class FullSize:
-    """network, vae: class and the settings of its published config.json that are not the class's defaults. parameters: published number.
-
-    cached: shapes of a prompt's embeddings. latents: expected, of one sample. flags: of the script, where they are not its defaults.
-    """
+    """The published facts of fastvideo/models/families with classes for names, and one size: what the benchmarks and tests ask for."""
 
     script: str
     network: tuple
@@ -67,65 +46,26 @@ class FullSize:
     cached: dict
     latents: tuple[int, ...]
     media: tuple[int, ...]
-    flags: dict = field(default_factory=dict)
+    flags: dict
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.script.removeprefix("train_grpo_")]
 
 
 MODELS = {
-    "sd_v1.4": FullSize(
-        "train_grpo_sd",
-        (UNet2DConditionModel, {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}),
-        859_520_964,
-        (AutoencoderKL, IMAGE_VAE | {"latent_channels": 4, "scaling_factor": 0.18215}),
-        {"prompt_embeds": (77, 768)},
-        (4, 64, 64),
-        (3, 512, 512),
-    ),
-    "flux.1-dev": FullSize(
-        "train_grpo_flux",
-        (FluxTransformer2DModel, {"guidance_embeds": True}),
-        11_901_408_320,
-        (AutoencoderKL, IMAGE_VAE | FLUX_VAE),
-        {"prompt_embeds": (512, 4096), "pooled_prompt_embeds": (768,)},
-        (45 * 45, 64),
-        (3, 720, 720),
-    ),
-    "hunyuan_video": FullSize(
-        "train_grpo_hunyuan",
-        (HunyuanVideoTransformer3DModel, {"guidance_embeds": True}),
-        12_821_012_544,
-        HUNYUAN_VAE,
-        LLAMA_AND_CLIP,
-        (16, 14, 60, 60),
-        (3, 53, 480, 480),
-    ),
-    "hunyuan_image": FullSize(
-        "train_grpo_hunyuan",
-        (HunyuanVideoTransformer3DModel, {"guidance_embeds": True}),
-        12_821_012_544,
-        HUNYUAN_VAE,
-        LLAMA_AND_CLIP,
-        (16, 1, 90, 90),
-        (3, 720, 720),
-        {"num_frames": 1, "height": 720, "width": 720},
-    ),
-    "skyreels_i2v": FullSize(
-        "train_grpo_skyreels",
-        (HunyuanVideoTransformer3DModel, {"in_channels": 32, "guidance_embeds": True}),
-        12_821_209_152,
-        HUNYUAN_VAE,
-        LLAMA_AND_CLIP | {"image_latents": (16, 1, 50, 80)},
-        (16, 14, 50, 80),
-        (3, 53, 400, 640),
-    ),
-    "wan_2.1_t2v_1.3b": FullSize(
-        "train_grpo_wan",
-        (WanTransformer3DModel, {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}),
-        1_418_996_800,
-        (AutoencoderKLWan, {}),
-        {"prompt_embeds": (512, 4096)},
-        (16, 21, 60, 104),
-        (3, 81, 480, 832),
-    ),
+    title: FullSize(
+        f"train_grpo_{name}",
+        (getattr(diffusers, family.network.class_name), family.network.published),
+        family.parameters,
+        (getattr(diffusers, family.vae.class_name), family.vae.published),
+        family.cached,
+        size.latents,
+        size.media,
+        size.flags,
+    )
+    for name, family in FAMILIES.items()
+    for title, size in family.full_size.items()
 }
 PROMPTS = 8
 
@@ -134,19 +74,16 @@ def make_model(model: FullSize, folder: Path) -> None:
     """A model folder with random weights in bfloat16 (8 to 26 GB), made where that is fast."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    for name, (kind, config) in (("unet" if model.script == "train_grpo_sd" else "transformer", model.network), ("vae", model.vae)):
+    for name, (kind, config) in ((model.family.network_folder, model.network), ("vae", model.vae)):
         torch.set_default_dtype(torch.bfloat16)
         with torch.device(device):
             network = kind(**config)
         torch.set_default_dtype(torch.float32)
         network.save_pretrained(folder / name, max_shard_size="4GB")
         del network
-    pipeline = FAMILIES[model.script.removeprefix("train_grpo_")].pipeline
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
-    if model.script == "train_grpo_sd":
-        DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1).save_pretrained(
-            folder / "scheduler"
-        )
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": model.family.pipeline}))
+    scheduler, settings = model.family.scheduler
+    getattr(diffusers, scheduler).from_config(settings).save_pretrained(folder / "scheduler")
 
 
 def make_cache(model: FullSize, folder: Path) -> None:

@@ -23,14 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 import torch
 import torch.distributed as dist
 import tyro
-from common import become_torchrun, check_sizes, make_transformer, print_table
+from common import MODELS, become_torchrun, check_sizes, make_transformer, parallelize, print_table
 
 from fastvideo.errors import UserError
 from fastvideo.parallel import distributed
 from fastvideo.parallel.distributed import Ranks
-from fastvideo.parallel.networks import flux, hunyuan, wan
 
-PARALLELIZE = {"flux": flux.parallelize, "hunyuan": hunyuan.parallelize, "skyreels": hunyuan.parallelize, "wan": wan.parallelize}
 KIB, MIB = 2**10, 2**20
 
 
@@ -38,7 +36,7 @@ KIB, MIB = 2**10, 2**20
 class Args:
     """Measure sequence parallelism: traffic, activation memory, and the time of forward and backward."""
 
-    model: tuple[Literal["flux", "hunyuan", "skyreels", "wan"], ...] = ("flux",)
+    model: tuple[Literal[MODELS], ...] = ("flux",)
     """Which of diffusers' transformers."""
     sp_size: tuple[int, ...] = (2, 4)
     """Numbers of processes that share the tokens. One process alone is always measured."""
@@ -121,7 +119,7 @@ def measure(name: str, sp_size: int, ranks: Ranks, group: dist.ProcessGroup, arg
     model, inputs = make_transformer(name, *sizes, args.dtype, ranks)
     traffic, activations = Traffic(), Activations(model)
     model.proj_out.register_forward_pre_hook(lambda module, args: setattr(traffic, "phase", "gather"))  # all layers are done
-    PARALLELIZE[name](model, Ranks(ranks.rank, sp_size, ranks.device, sp_size, group))
+    parallelize(name, model, Ranks(ranks.rank, sp_size, ranks.device, sp_size, group))
 
     def step() -> None:
         traffic.phase = "forward"

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 import torch
 import tyro
-from common import become_torchrun, check_sizes, make_transformer, print_table
+from common import MODELS, become_torchrun, check_sizes, make_transformer, print_table
 from torch.utils._pytree import tree_leaves
 
 from fastvideo.errors import UserError
@@ -52,7 +52,7 @@ class Args:
     """Keep the optimiser's state on the CPU. DeepSpeed compiles its CPU optimiser for it, a minute at the first use."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the network; auto: bfloat16 on GPUs, float32 on CPUs."""
-    model: Literal["flux", "hunyuan", "skyreels", "wan"] = "flux"
+    model: Literal[MODELS] = "flux"
     """Which of diffusers' transformers."""
     layers: int = 2
     """Transformer blocks. Half of FLUX's and HunyuanVideo's, rounded down, are double-stream ones."""

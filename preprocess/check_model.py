@@ -14,7 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, 
 
 import tyro
 
-from fastvideo.models.model_folder import Use, check_model
+from fastvideo.models.families import FAMILIES
+from fastvideo.models.families.family import Use
+from fastvideo.models.model_folder import check_model
 from fastvideo.parallel.distributed import run
 
 
@@ -24,7 +26,7 @@ class Args:
 
     model: tyro.conf.Positional[Path]
     """Model folder in diffusers format (docs/models.md)."""
-    family: Literal["sd", "flux", "hunyuan", "skyreels", "wan"] | None = None
+    family: Literal[tuple(FAMILIES)] | None = None
     """Whose scripts it is for: train_grpo_FAMILY.py. Default: what its model_index.json says."""
     use: Use = "evaluation"
     """What it is for: evaluation needs all of it, training no text encoders, embedding no network."""

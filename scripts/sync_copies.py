@@ -5,8 +5,9 @@ A function that is meant to be a copy has a comment above it (above its decorato
     # Copied from train_grpo_flux.py
     # Copied from train_grpo_flux.py with transformer->unet, args.shift->args.model
 
-Change it in the named script, then run `python scripts/sync_copies.py --write` to carry the change to every copy. To let a copy go its own
-way, delete the comment.
+Under the banner of a section the comment is for all functions of the section. Change a function in the named script, then run
+`python scripts/sync_copies.py --write` to carry the change to every copy. To let a copy go its own way, delete the comment; in a section
+that has one, write `# Own` above the function.
 """
 
 import ast
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+BANNER = re.compile(r"^# \d\. [\w ]+ =+$")
 MARKER = re.compile(r"^# Copied from (?P<script>\w+\.py)(?: with (?P<renames>.+))?$")
 
 
@@ -22,6 +24,18 @@ def functions(source: str) -> dict[str, tuple[int, int]]:
     """Name -> first line (of the decorators) and last line, counted from 1, of each function at the top level of a script."""
     nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
     return {node.name: (min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.end_lineno) for node in nodes}
+
+
+def markers(lines: list[str], places: dict[str, tuple[int, int]]) -> dict[str, re.Match]:
+    """Of each function that is meant to be a copy, the comment that says so: its own, or its section's."""
+    banners = {number: MARKER.match(lines[number + 1]) for number, line in enumerate(lines[:-1]) if BANNER.match(line)}
+    found = {}
+    for name, (first, _) in places.items():
+        section = max((number for number in banners if number < first), default=None)
+        marker = MARKER.match(lines[first - 2]) or (banners.get(section) if lines[first - 2] != "# Own" else None)
+        if marker:
+            found[name] = marker
+    return found
 
 
 def stale_copies(folder: Path = REPOSITORY, write: bool = False) -> list[str]:
@@ -33,10 +47,9 @@ def stale_copies(folder: Path = REPOSITORY, write: bool = False) -> list[str]:
     for path in sorted(folder.glob("train_grpo_*.py")):
         lines = path.read_text().splitlines()
         places = functions(path.read_text())
-        for name, (first, last) in sorted(places.items(), key=lambda place: -place[1][0]):  # from the end, so that line numbers stay true
-            marker = MARKER.match(lines[first - 2])
-            if marker is None:
-                continue
+        marked = markers(lines, places)
+        for name in sorted(marked, key=lambda name: -places[name][1]):  # from the end, so that line numbers stay true
+            (first, last), marker = places[name], marked[name]
             original = (folder / marker["script"]).read_text()
             if name not in functions(original):
                 problems.append(f"{path.name}: {name} is marked as a copy, but {marker['script']} has no such function")

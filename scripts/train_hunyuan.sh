@@ -17,8 +17,7 @@
 #
 # On each of 8 nodes also set NNODES=8, NODE_RANK and MASTER_ADDR. On one node of 8 GPUs add
 #   --prompts_per_iteration 16 --num_generations 12 --best_of_n 0 --lora_rank 32 --learning_rate 1e-4
-# --zero_stage 2 fits 80 GB on 64 GPUs: 26 GB of weights, 4 GB of gradients, optimizer and moving average, 1 GB of buckets, and activations. On fewer
-# without LoRA: --zero_stage 3.
+# Without LoRA 80 GB do from 16 GPUs on; on 8 add --zero_stage 3 --no-gather_for_rollout.
 # Text-to-image, with rewards for pictures: --num_frames 1 --height 720 --width 720 --rewards hpsv2=FILE clip=FOLDER --reward_weights 0.7 1.4
 # GPUS is the number of processes on a node (8). On CPUs: DS_ACCELERATOR=cpu GPUS=2. Its process ID is the one to signal: it saves and stops.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt

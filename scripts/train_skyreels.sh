@@ -18,8 +18,7 @@
 #
 # On each of 4 nodes also set NNODES=4, NODE_RANK and MASTER_ADDR. On one node of 8 GPUs add
 #   --prompts_per_iteration 16 --lora_rank 32 --learning_rate 1e-4
-# --zero_stage 2 fits 80 GB on 32 GPUs: 26 GB of weights, 8 GB of gradients, optimizer and moving average, 1 GB of buckets, and activations. On fewer
-# without LoRA: --zero_stage 3.
+# Without LoRA 80 GB do from 16 GPUs on; on 8 add --zero_stage 3.
 # GPUS is the number of processes on a node (8). On CPUs: DS_ACCELERATOR=cpu GPUS=2. Its process ID is the one to signal: it saves and stops.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 

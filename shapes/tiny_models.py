@@ -7,18 +7,10 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransf
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+from fastvideo.models.families import FAMILIES
+from fastvideo.models.families.text_encoders import CLIP_L, T5_XXL
 from shapes.world import SIZE, all_specs, caption
 
-T5_SIZES = {
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_layers": 2,
-    "num_heads": 4,
-    "relative_attention_num_buckets": 16,
-    "relative_attention_max_distance": 16,
-    "dropout_rate": 0.0,
-}
 TEXT_LENGTH = 16  # tokens; the longest caption needs 10
 
 
@@ -52,14 +44,8 @@ def t5_tokenizer(captions: list[str] | None = None) -> T5Tokenizer:
 
 def clip_model(tokenizer: CLIPTokenizer) -> CLIPModel:
     """0.35 M parameters: a text encoder (64 wide, 2 layers), a vision encoder (96 wide, 3 layers, patches of 8 px), 64-d embeddings."""
-    text = {
+    text = CLIP_L.tiny | {
         "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "max_position_embeddings": TEXT_LENGTH,
-        "projection_dim": 64,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -83,38 +69,17 @@ def clip_image_processor() -> CLIPImageProcessorPil:
 
 def t5_encoder(tokenizer: T5Tokenizer) -> T5EncoderModel:
     """0.09 M parameters, 64 wide. FLUX gives all text tokens one position, so what it knows of their order comes from here."""
-    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), feed_forward_proj="gated-gelu", decoder_start_token_id=0, **T5_SIZES))
+    return T5EncoderModel(T5Config(vocab_size=len(tokenizer), **T5_XXL.tiny))
 
 
 def image_vae() -> AutoencoderKL:
     """0.24 M parameters: 3 x 32 x 32 pictures to 4 x 8 x 8 latents."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 32),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=8,
-        sample_size=SIZE,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    return AutoencoderKL(**FAMILIES["sd"].vae.tiny)
 
 
 def flux_transformer() -> FluxTransformer2DModel:
     """1.17 M parameters; its 16 image tokens are 2 x 2 latents packed into 16 channels, as in FLUX.1."""
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
-        attention_head_dim=32,
-        num_attention_heads=3,
-        joint_attention_dim=64,
-        pooled_projection_dim=64,
-        guidance_embeds=False,
-        axes_dims_rope=(8, 12, 12),
-    )
+    return FluxTransformer2DModel(**FAMILIES["flux"].network.tiny)
 
 
 def flow_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
@@ -124,23 +89,12 @@ def flow_scheduler(shift: float) -> FlowMatchEulerDiscreteScheduler:
 
 def sd_unet() -> UNet2DConditionModel:
     """1.08 M parameters: Stable Diffusion's UNet with two levels, 8 x 8 and 4 x 4, and cross-attention to 64-d text in both."""
-    return UNet2DConditionModel(
-        sample_size=SIZE // 4,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        block_out_channels=(32, 56),
-        layers_per_block=1,
-        cross_attention_dim=64,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
+    return UNet2DConditionModel(**FAMILIES["sd"].network.tiny)
 
 
 def sd_scheduler() -> PNDMScheduler:
     """Stable Diffusion v1.4's own."""
-    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-    # clip_sample is nothing to PNDM; DDIMScheduler.from_config would clip latents without it
-    return PNDMScheduler.from_config(betas | {"set_alpha_to_one": False, "skip_prk_steps": True, "steps_offset": 1, "clip_sample": False})
+    return PNDMScheduler.from_config(FAMILIES["sd"].scheduler[1])
 
 
 def parameter_count(model: torch.nn.Module) -> int:

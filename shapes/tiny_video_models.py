@@ -9,11 +9,13 @@ from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PRO
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, LlamaConfig, LlamaModel, PreTrainedTokenizerFast
 
+from fastvideo.models.families import FAMILIES
+from fastvideo.models.families.text_encoders import CLIP_L_77, LLAMA_3_8B
 from shapes import video, world
 from shapes.tiny_models import TEXT_LENGTH
 
 LATENT_CHANNELS = 16
-CLIP_LENGTH = 77  # HunyuanVideoPipeline pads CLIP's tokens to it
+CLIP_LENGTH = CLIP_L_77.tiny["max_position_embeddings"]
 CROP_START = DEFAULT_PROMPT_TEMPLATE["crop_start"]  # 95 tokens of the prompt template come before the prompt
 LLAMA_WORDS = (  # how Llama 3 splits text before it looks for tokens
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,12 +60,7 @@ def llama(tokenizer: PreTrainedTokenizerFast) -> LlamaModel:
     return LlamaModel(
         LlamaConfig(
             vocab_size=len(tokenizer),
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=512,
-            initializer_range=0.1,
+            **LLAMA_3_8B.tiny,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -90,20 +87,10 @@ def clip_text_encoder(folder: Path) -> tuple[CLIPTextModel, CLIPTokenizer]:
 def video_vae() -> AutoencoderKLHunyuanVideo:
     """0.52 M parameters: clips of 3 x (4 k + 1) x 32 x 32 to latents of 16 x (k + 1) x 8 x 8.
 
-    At least 4 channels a group: normalising each channel by itself would take the colour out of a picture. The first weights keep the
-    variance, and the first posteriors are narrow: with PyTorch's own they begin as noise, and training takes four times as long.
+    The first weights keep the variance, and the first posteriors are narrow: with PyTorch's own they begin as noise, and training takes
+    four times as long.
     """
-    vae = AutoencoderKLHunyuanVideo(
-        latent_channels=LATENT_CHANNELS,
-        down_block_types=("HunyuanVideoDownBlock3D",) * 3,
-        up_block_types=("HunyuanVideoUpBlock3D",) * 3,
-        block_out_channels=(8, 16, 32),
-        layers_per_block=1,
-        norm_num_groups=2,
-        spatial_compression_ratio=4,
-        temporal_compression_ratio=4,
-        mid_block_add_attention=False,
-    )
+    vae = AutoencoderKLHunyuanVideo(**FAMILIES["hunyuan"].vae.tiny)
     for module in vae.modules():
         if isinstance(module, torch.nn.Conv3d):
             torch.nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
@@ -115,20 +102,6 @@ def video_vae() -> AutoencoderKLHunyuanVideo:
     return vae
 
 
-def hunyuan_transformer(in_channels: int = LATENT_CHANNELS) -> HunyuanVideoTransformer3DModel:
-    """1.0 M parameters; 2 x 2 latents of one frame are a token: 48 for 9 frames, 16 for a picture. SkyReels has twice the `in_channels`."""
-    return HunyuanVideoTransformer3DModel(
-        in_channels=in_channels,
-        out_channels=LATENT_CHANNELS,
-        num_attention_heads=3,
-        attention_head_dim=32,
-        num_layers=1,
-        num_single_layers=3,
-        num_refiner_layers=1,
-        patch_size=2,
-        patch_size_t=1,
-        guidance_embeds=False,
-        text_embed_dim=64,
-        pooled_projection_dim=64,
-        rope_axes_dim=(8, 12, 12),
-    )
+def hunyuan_transformer(family: str = "hunyuan") -> HunyuanVideoTransformer3DModel:
+    """1.0 M parameters; 2 x 2 latents of one frame are a token: 48 for 9 frames, 16 for a picture. "skyreels" has twice the channels."""
+    return HunyuanVideoTransformer3DModel(**FAMILIES[family].network.tiny)

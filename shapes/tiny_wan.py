@@ -10,45 +10,37 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
 from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
 
+from fastvideo.models.families import FAMILIES
+from fastvideo.models.families.text_encoders import UMT5_XXL
 from shapes import video, world
 from shapes.checker import aesthetic, check
-from shapes.tiny_models import T5_SIZES, TEXT_LENGTH, t5_tokenizer
+from shapes.tiny_models import TEXT_LENGTH, t5_tokenizer
 from shapes.training import half_copy, optimise
 from shapes.video import FRAMES, VIDEO_SPECS
 from shapes.video_evaluation import THINGS, describe, sample
 from shapes.video_training import CAPTIONS, EMPTY_SHARE, SHIFT, fit_video_vae, flow_loss, redraw, shaky_clips, single_frames
 
-LATENT_CHANNELS = 16
 BATCH = 72
 
 
 def wan_vae() -> AutoencoderKLWan:
     """0.49 M parameters: clips of 3 x (4 k + 1) x 32 x 32 to latents of 16 x (k + 1) x 8 x 8."""
-    return AutoencoderKLWan(
-        base_dim=8,
-        z_dim=LATENT_CHANNELS,
-        dim_mult=[1, 2, 4],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[0.0] * LATENT_CHANNELS,
-        latents_std=[1.0] * LATENT_CHANNELS,
-        scale_factor_spatial=4,
-    )
+    return AutoencoderKLWan(**FAMILIES["wan"].vae.tiny)
 
 
 def umt5(tokenizer: T5Tokenizer) -> UMT5EncoderModel:
     """0.09 M parameters, 64 wide."""
-    return UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **T5_SIZES))
+    return UMT5EncoderModel(UMT5Config(vocab_size=len(tokenizer), **UMT5_XXL.tiny))
 
 
 def wan_transformer() -> WanTransformer3DModel:
     """1.0 M parameters; 2 x 2 latents of one frame are a token: 48 for 9 frames, 16 for a picture."""
-    return WanTransformer3DModel(num_attention_heads=4, attention_head_dim=32, text_dim=64, freq_dim=64, ffn_dim=256, num_layers=4)
+    return WanTransformer3DModel(**FAMILIES["wan"].network.tiny)
 
 
 def wan_scheduler(shift: float) -> UniPCMultistepScheduler:
     """What the folders of Wan 2.1 have."""
-    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift)
+    return UniPCMultistepScheduler(**FAMILIES["wan"].scheduler[1] | {"flow_shift": shift})
 
 
 def fresh_pipeline(vae: AutoencoderKLWan) -> WanPipeline:

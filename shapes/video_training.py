@@ -208,7 +208,7 @@ def train_skyreels(hunyuan: HunyuanVideoPipeline, folder: Path, steps: int, rate
     """
     parts = dict(hunyuan.components)
     weights = parts["transformer"].state_dict()
-    parts["transformer"] = transformer = tiny_video_models.hunyuan_transformer(2 * LATENT_CHANNELS)
+    parts["transformer"] = transformer = tiny_video_models.hunyuan_transformer("skyreels")
     kernel = weights["x_embedder.proj.weight"]
     transformer.load_state_dict(weights | {"x_embedder.proj.weight": torch.cat([kernel, torch.zeros_like(kernel)], dim=1)})
     pipeline = HunyuanSkyreelsImageToVideoPipeline(**parts)

@@ -5,16 +5,19 @@ from a server process that has imported the packages already, which saves some t
 """
 
 import atexit
+import functools
 import json
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -61,6 +64,20 @@ def flag_list(*flags: object) -> list[str]:
         for name, value in flag.items() if isinstance(flag, dict) else [(flag, ())]:
             words += [str(name), *map(str, value if isinstance(value, tuple) else (value,))]
     return words
+
+
+@functools.cache
+def tiny_model(family: str) -> Path:
+    """Its trained folder in shapes/models; of a family that has none, one with random weights. Not to be changed."""
+    trained = REPOSITORY / "shapes" / "models" / family
+    if trained.is_dir():
+        return trained
+    from shapes.untrained import make
+
+    folder = tempfile.mkdtemp(prefix="untrained-")
+    atexit.register(shutil.rmtree, folder)
+    make(family, Path(folder) / family)
+    return Path(folder) / family
 
 
 # ------------------------------------------------------------------------------------------- the command, as a user gives it
@@ -169,7 +186,7 @@ def cache(tmp_path_factory, prompt_file) -> Path:
     """Their embeddings, in three shards."""
     path = tmp_path_factory.mktemp("cache") / "cache"
     flags = {"--model": MODEL, "--prompts": prompt_file, "--output_dir": path, "--shard_size": 4}
-    result = launch(REPOSITORY / "preprocess" / "embed_flux.py", flags)
+    result = run_script(REPOSITORY / "preprocess" / "embed_flux.py", flags, log=path.with_name("log"))
     assert result.returncode == 0, result.stderr
     return path
 

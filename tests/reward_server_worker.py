@@ -1,4 +1,4 @@
-"""A reward server with rewards of its own, written as docs/rewards.md says: run by tests/test_http_reward.py."""
+"""A reward server with rewards of its own: run by tests/test_http_reward.py."""
 
 import os
 import signal
@@ -10,6 +10,7 @@ import torch
 from fastvideo.parallel import distributed
 from fastvideo.rewards import REWARDS, server
 from fastvideo.rewards.preflight import UNCHECKED
+from shapes.rewards import load_aesthetic
 
 
 def load_gated(path, device):
@@ -35,7 +36,7 @@ def load_gated(path, device):
 
 def load_mortal(path, device):
     """Aesthetic; its process dies when it is asked for the `path`-th batch of eight samples."""
-    reward, batches = REWARDS["aesthetic"](None, device), 0
+    reward, batches = load_aesthetic(None, device), 0
 
     def mortal(media, rows):
         nonlocal batches

@@ -1,19 +1,19 @@
 """The `hf download` commands of the documentation, through huggingface_hub's own parser: what they fetch is what is needed, and no more."""
 
-import importlib
 import re
 import shlex
 import shutil
 import subprocess
 
+import diffusers
 import pytest
 import torch
-import transformers
 from click.testing import CliRunner
 from conftest import REPOSITORY
 from huggingface_hub.utils import filter_repo_objects
+from test_full_scale import text_encoders
 
-from benchmarks.full_size import MODELS
+from fastvideo.models.families import FAMILIES
 from fastvideo.models.model_folder import check_model
 
 TEXTS = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md")), *sorted((REPOSITORY / "scripts").glob("*.sh"))]
@@ -157,31 +157,13 @@ def test_skyreels_folder_is_made_by_the_documented_commands(tmp_path):
     check_model(model, "skyreels")
 
 
-CLIP_L = ("CLIPTextModel", {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12})
-T5 = {"d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64, "feed_forward_proj": "gated-gelu"}
-LLAMA = {"vocab_size": 128320, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_key_value_heads": 8}
-ENCODERS = {
-    "sd_v1.4": [CLIP_L],
-    "flux.1-dev": [CLIP_L, ("T5EncoderModel", T5 | {"vocab_size": 32128})],
-    "hunyuan_video": [CLIP_L, ("LlamaModel", LLAMA)],
-    "skyreels_i2v": [CLIP_L, ("LlamaModel", LLAMA)],
-    "wan_2.1_t2v_1.3b": [("UMT5EncoderModel", T5 | {"vocab_size": 256384})],
-}
-
-
-@pytest.mark.parametrize(("name", "row"), list(zip(ENCODERS, ("Stable", "FLUX", "Hunyuan", "SkyReels", "Wan"), strict=True)))
-def test_the_sizes_in_the_table(name, row):
-    model = MODELS[name]
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_the_sizes_in_the_table(family):
     with torch.device("meta"):
-        made = [model.vae[0](**model.vae[1])]
-        for kind, config in ENCODERS[name]:
-            model_class = getattr(transformers, kind)
-            made.append(model_class(model_class.config_class(**config)))
-    encoders = sum(weight.numel() for encoder in made[1:] for weight in encoder.parameters())
-    parameters = model.parameters + encoders + sum(weight.numel() for weight in made[0].parameters())
-    line = next(line for line in (REPOSITORY / "docs" / "models.md").read_text().splitlines() if line.startswith(f"| [{row}"))
+        vae = getattr(diffusers, family.vae.class_name)(**family.vae.published)
+    parameters = family.parameters + text_encoders(family) + sum(weight.numel() for weight in vae.parameters())
+    lines = (REPOSITORY / "docs" / "models.md").read_text().splitlines()
+    (line,) = [line for line in lines if line.startswith(f"| [{family.title}]")]
     *_, network, half, full, _ = (cell.strip() for cell in line.split("|"))
-    assert network == f"{model.parameters / 1e9:.2f} billion"
+    assert network == f"{family.parameters / 1e9:.2f} billion"
     assert (half, full) == (f"{2 * parameters / 1e9:.1f} GB", f"{4 * parameters / 1e9:.1f} GB")
-    bound = importlib.import_module("test_full_scale").TEXT_ENCODERS[model.script.removeprefix("train_grpo_")]
-    assert bound - 0.15 < 2 * encoders / 2**30 < bound

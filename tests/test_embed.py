@@ -22,6 +22,7 @@ from PIL import Image
 from fastvideo.embeddings.cache import EmbeddingCache
 from fastvideo.embeddings.fingerprint import check_encoder
 from fastvideo.errors import UserError
+from fastvideo.models.families import FAMILIES
 from fastvideo.parallel.distributed import exit_code_of
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -243,7 +244,7 @@ def test_wrong_flags(image_file, tmp_path, capsys, family, flags, message):
     assert message in error_of(capsys, family, image_file, tmp_path / "cache", *flags)
 
 
-@pytest.mark.parametrize("family", ["flux", "sd", "hunyuan", "skyreels", "wan"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_launcher_passes_its_flags_on(tmp_path, family):
     """From another folder, with a python that only shows its arguments, where all is installed."""
     repository = tmp_path / "repository"

@@ -2,11 +2,18 @@
 
 import json
 import shutil
+from functools import partial
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import EVALUATE, MODEL, REPOSITORY, launch, run_script
 from PIL import Image
+
+import evaluate as script
+from fastvideo.parallel.distributed import Ranks, keyed_generator
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +87,44 @@ def test_base_alone(evaluate, results_of_run):
     assert "trained" not in results
     assert (folder / "samples.png").exists()
     assert not (folder / "rewards.png").exists()
+
+
+def test_each_picture_of_each_seed_has_noise_of_its_own(monkeypatch):
+    """By its key, in its place among the scores, whichever process has drawn it."""
+
+    class FluxPipeline:  # draws noise
+        def __call__(self, prompt, generator, **settings):
+            assert len(prompt) == len(generator)
+            return SimpleNamespace(images=torch.stack([torch.rand(3, 4, 4, generator=one) for one in generator]))
+
+    def brightness(media, rows):
+        return media.mean((1, 2, 3)) + torch.tensor([10.0 * len(row["prompt"]) for row in rows])
+
+    parts = []
+    monkeypatch.setattr(script.distributed, "all_gather_object", lambda value: parts.append(value) or parts[-1:])
+    args = SimpleNamespace(num_seeds=2, images_per_prompt=3, batch_size=4)
+    rows, rewards = [{"prompt": "a"}, {"prompt": "bb"}], {"brightness": brightness}
+    run = partial(script.evaluate, "base", FluxPipeline(), {"height": 4}, rows, rewards, args)
+    scores, shown = run(Ranks(0, 1, torch.device("cpu")))
+    noise = {
+        key: torch.rand(3, 4, 4, generator=keyed_generator(key[0], "evaluation", *key[1:])) * 2 - 1
+        for key in product(range(2), range(2), range(3))
+    }
+    expected = [
+        [10 * (prompt + 1) + noise[seed, prompt, k].mean().item() for prompt, k in product(range(2), range(3))] for seed in range(2)
+    ]
+    for found, wanted in zip(scores["brightness"], expected, strict=True):
+        assert found == pytest.approx(wanted, abs=1e-5)
+    assert len({round(value % 10, 5) for value in expected[0] + expected[1]}) == 12
+    torch.testing.assert_close(shown, torch.stack([noise[0, prompt, 0] for prompt in range(2)]))
+    whole = parts[0]
+    parts.clear()
+    for rank in range(2):
+        with pytest.raises(KeyError):  # for want of what the other process has
+            run(Ranks(rank, 2, torch.device("cpu")))
+    for job, values in (parts[0] | parts[2]).items():
+        assert whole.pop(job)["brightness"] == pytest.approx(values["brightness"], abs=1e-5)
+    assert not whole
 
 
 def assert_equal_scores(results, expected):

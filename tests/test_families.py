@@ -1,71 +1,87 @@
-"""Stable Diffusion, HunyuanVideo, SkyReels, Wan: each from prompts to an evaluated export, a ratio of 1, and noise 0 as in its pipeline.
+"""Every model but FLUX: from prompts to an evaluated export, a ratio of 1, and noise 0 as in its pipeline.
 
-A new model is a line of FAMILIES. (FLUX has these tests in test_train_flux.py, with those of what all scripts share.)
+A model of fastvideo/models/families is tested here without a line of its own. (FLUX has these tests in test_train_flux.py, with those of
+what all scripts share.)
 """
 
 import importlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import EVALUATE, REPOSITORY, SMALL_RUN, largest_difference, metrics_of, run_script, weights_of
+from conftest import EVALUATE, REPOSITORY, SMALL_RUN, largest_difference, metrics_of, run_script, tiny_model, weights_of
 from diffusers import DiffusionPipeline
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from evaluate import media_of, pipeline_arguments, use_trained_sampler
 from fastvideo.embeddings.cache import EmbeddingCache
+from fastvideo.models.families import FAMILIES
+from fastvideo.models.families.family import Family
 from fastvideo.parallel.distributed import Ranks, keyed_generator
 
 PROMPTS = REPOSITORY / "shapes" / "prompts"
 
 
 @dataclass(frozen=True)
-class Family:
-    """prompts: a file in shapes/prompts. rewards: of a small run. flags: of training. embed: further flags of preprocessing."""
+class Case:
+    """A family of FAMILIES, and flags of its training."""
 
     name: str
-    prompts: str
-    rewards: tuple[str, ...]
-    flags: dict = field(default_factory=dict)
-    embed: dict = field(default_factory=dict)
-    network: str = "transformer"
-    sampling_steps: int = 6
-    noise_level: float = 0.7
+    flags: dict
+
+    @property
+    def facts(self) -> Family:
+        return FAMILIES[self.name]
+
+    @property
+    def clips(self) -> bool:
+        return self.flags.get("--num_frames", 1) > 1
+
+    @property
+    def prompts(self) -> str:
+        return "i2v_train.jsonl" if self.facts.from_images else "video_train.txt" if self.clips else "train.txt"
+
+    @property
+    def trained(self) -> bool:
+        """Whether its tiny model draws objects."""
+        return self.model.parent == REPOSITORY / "shapes" / "models"
+
+    @property
+    def rewards(self) -> tuple[str, ...]:
+        if not self.trained:
+            return ("aesthetic",)  # it tells samples apart that show none
+        return ("motion", "fidelity" if self.facts.from_images else "visual") if self.clips else ("aesthetic", "shapes")
 
     @property
     def model(self) -> Path:
-        return REPOSITORY / "shapes" / "models" / self.name
+        return tiny_model(self.name)
+
+    @property
+    def network(self) -> str:
+        return self.facts.network_folder
+
+    @property
+    def ddim(self) -> bool:
+        return "shift" not in self.facts.sampling
 
     @property
     def script(self) -> Path:
         return REPOSITORY / f"train_grpo_{self.name}.py"
 
 
-FAMILIES = {
-    "sd": Family(
-        "sd",
-        "train.txt",
-        ("aesthetic",),
-        {"--guidance_scale": 2, "--kl_weight": 0.01, "--noise_level": 1},
-        network="unet",
-        # DDIM's last trained step has a standard deviation of 0.04 and multiplies the rounding of float32, more so with fewer steps.
-        sampling_steps=20,
-        noise_level=1.0,
-    ),
-    "hunyuan": Family("hunyuan", "video_train.txt", ("motion", "visual"), {"--num_frames": 9, "--vae_tiling": ()}),
-    "hunyuan_t2i": Family("hunyuan", "train.txt", ("aesthetic", "shapes"), {"--num_frames": 1, "--gradient_checkpointing": ()}),
-    "skyreels": Family(
-        "skyreels",
-        "i2v_train.jsonl",
-        ("motion", "fidelity"),
-        {"--num_frames": 9, "--guidance_scale": 2, "--lora_rank": 4},
-        {"--height": 32, "--width": 32},
-    ),
-    "wan": Family("wan", "video_train.txt", ("motion", "visual"), {"--num_frames": 9, "--guidance_scale": 2}),
-}
-pytestmark = pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES, scope="module")
+def flags_of(facts: Family) -> dict:
+    found = {"--guidance_scale": 2} if "guidance_scale" in facts.sampling else {}
+    found |= {"--num_frames": 9} if "num_frames" in facts.sampling else {}
+    return found if "shift" in facts.sampling else found | {"--noise_level": 1}
+
+
+# What some model is to be trained with, besides.
+OTHERS = {"sd": {"--kl_weight": 0.01}, "hunyuan": {"--vae_tiling": ()}, "skyreels": {"--lora_rank": 4}}
+CASES = {name: Case(name, flags_of(facts) | OTHERS.get(name, {})) for name, facts in FAMILIES.items() if name != "flux"}
+CASES["hunyuan_t2i"] = Case("hunyuan", {"--num_frames": 1, "--gradient_checkpointing": ()})
+pytestmark = pytest.mark.parametrize("family", CASES.values(), ids=CASES, scope="module")
 
 
 @pytest.fixture(scope="module")
@@ -76,10 +92,18 @@ def cache(family, tmp_path_factory) -> Path:
     rows = [json.loads(line) if line.startswith("{") else {"prompt": line} for line in lines[:: len(lines) // 8][:8]]
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row | ({"image": str(PROMPTS / row["image"])} if "image" in row else {})) + "\n" for row in rows))
-    flags = {"--model": family.model, "--prompts": prompts, "--output_dir": folder / "cache"} | family.embed
+    flags = {"--model": family.model, "--prompts": prompts, "--output_dir": folder / "cache"}
+    flags |= {"--height": 32, "--width": 32} if family.facts.from_images else {}
     result = run_script(REPOSITORY / "preprocess" / f"embed_{family.name}.py", flags, log=folder / "log")
     assert result.returncode == 0, result.stderr
     return folder / "cache"
+
+
+def test_the_cache_has_what_the_facts_say(family, cache):
+    found = EmbeddingCache(cache)
+    shapes = {name: tensor[0].ndim for name, tensor in found.get([0]).items()}
+    assert shapes == {name: len(shape) for name, shape in family.facts.cached.items()}
+    assert ("max_sequence_length" in found.fingerprint) == ("max_sequence_length" in family.facts.sampling)
 
 
 @pytest.fixture(scope="module")
@@ -88,9 +112,11 @@ def policy(family, cache):
     module = importlib.import_module(family.script.stem)
     values = {name.removeprefix("--"): value for name, value in family.flags.items() if name in ("--num_frames", "--guidance_scale")}
     values |= {"model": family.model, "embeddings": cache, "output_dir": cache, "rewards": family.rewards}
-    args = module.Args(**values, sampling_steps=family.sampling_steps, height=32, width=32, noise_level=family.noise_level)
+    # DDIM's last trained step has a standard deviation of 0.04 and multiplies the rounding of float32, more so with fewer steps.
+    steps, noise_level = (20, 1.0) if family.ddim else (6, 0.7)
+    args = module.Args(**values, sampling_steps=steps, height=32, width=32, noise_level=noise_level)
     transformer, vae = module.load_models(args, torch.float32, Ranks(0, 1, torch.device("cpu")))
-    schedule = module.time_schedule(args.sampling_steps, args.model if family.name == "sd" else args.shift)
+    schedule = module.time_schedule(args.sampling_steps, args.model if family.ddim else args.shift)
     return module, args, transformer, vae, EmbeddingCache(cache), schedule
 
 
@@ -138,7 +164,7 @@ def assert_noise_0_is_the_pipeline(policy, family, transformer, monkeypatch) -> 
     pipeline = DiffusionPipeline.from_pretrained(family.model, dtype=torch.float32)
     setattr(pipeline, family.network, transformer)  # given to from_pretrained, Wan's would be ignored
     pipeline.set_progress_bar_config(disable=True)
-    sampling = {name: (vars(args) | cache.fingerprint)[name] for name in module.SAMPLING}
+    sampling = {name: (vars(args) | cache.fingerprint)[name] for name in family.facts.sampling}
     use_trained_sampler(pipeline, sampling)
     # SkyReels' pipeline draws the image's latents from the VAE's posterior; the cache has its mean.
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
@@ -173,6 +199,29 @@ def test_what_stands_in_padded_text_changes_nothing(policy, family):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
 
 
+def test_gradients_flow_through_both_branches_of_guidance(policy, family):
+    """They are those of the guided prediction put together from two calls without guidance."""
+    module, args, network, vae, cache, schedule = policy
+    cond = module.load_cond(cache, [0, 1], network, vae, args)
+    if "guidance_scale" not in cond:
+        pytest.skip("has no classifier-free guidance")
+    plain = {name: tensor for name, tensor in cond.items() if not name.startswith("negative_") and name != "guidance_scale"}
+    empty = plain | {name.removeprefix("negative_"): tensor for name, tensor in cond.items() if name.startswith("negative_")}
+    z_t, step = initial_noise(module, network, vae, args, 2), torch.tensor([1, 3])
+    when = (step, schedule) if family.name == "sd" else (schedule[step],)
+    direction = torch.randn(z_t.shape, generator=keyed_generator(0, "direction"))
+    weights = [weight for weight in network.parameters() if weight.requires_grad]
+
+    def gradients(prediction: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad((prediction * direction).sum(), weights, allow_unused=True)
+
+    guided, negative, positive = (gradients(module.predict(network, z_t, *when, c)) for c in (cond, empty, plain))
+    assert args.guidance_scale == 2
+    for found, empty_part, prompt_part in zip(guided, negative, positive, strict=True):
+        if found is not None:
+            torch.testing.assert_close(found, 2 * prompt_part - empty_part, atol=1e-3, rtol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def run(family, cache, tmp_path_factory) -> Path:
     """A run of two iterations, the second one of which samples clips."""
@@ -194,14 +243,14 @@ def test_training_moves_the_weights(run, family):
     exported = weights_of(run / "export" / family.network)
     assert largest_difference(exported, weights_of(family.model / family.network)) > 1e-5
     assert (run / "samples" / "iteration_000002.png").is_file()
-    assert len(list((run / "samples").glob("*.mp4"))) == (8 if family.flags.get("--num_frames", 1) > 1 else 0)
+    assert len(list((run / "samples").glob("*.mp4"))) == (8 if family.clips else 0)
 
 
 @pytest.mark.slow
 def test_layouts_make_the_same_training(family, cache, tmp_path):
     """One process, two with half the prompts each, two that share each sample, and four that do both: the same up to rounding."""
-    layouts = {"one": (1, 1), "dp_2": (2, 1)} | ({} if family.name == "sd" else {"sp_2": (2, 2), "dp_2_sp_2": (4, 2)})
-    smooth = "visual" if family.flags.get("--num_frames", 1) > 1 else "aesthetic"
+    layouts = {"one": (1, 1), "dp_2": (2, 1)} | ({} if family.facts.parallelize is None else {"sp_2": (2, 2), "dp_2_sp_2": (4, 2)})
+    smooth = "visual" if family.clips and family.trained else "aesthetic"
     rows = {}
     for layout, (processes, sp_size) in layouts.items():
         flags = {"--model": family.model, "--embeddings": cache, "--output_dir": tmp_path / layout} | SMALL_RUN | family.flags
@@ -234,18 +283,16 @@ def test_the_export_is_evaluated_with_the_runs_settings(run, family, cache, tmp_
     assert (tmp_path / "evaluation" / "samples.png").is_file()
 
 
-OTHER_KIND = {"hunyuan": "skyreels", "skyreels": "hunyuan"}
-
-
 def test_a_folder_of_the_other_kind_is_refused(family, cache, tmp_path):
     """Their encoders may be the same, so that nothing else would notice."""
-    if family.name not in OTHER_KIND:
+    same = [name for name, facts in FAMILIES.items() if facts.network.class_name == family.facts.network.class_name and name != family.name]
+    if not same:
         pytest.skip("has no sibling of the same classes")
-    flags = {"--model": REPOSITORY / "shapes" / "models" / OTHER_KIND[family.name], "--embeddings": cache, "--output_dir": tmp_path / "run"}
+    flags = {"--model": tiny_model(same[0]), "--embeddings": cache, "--output_dir": tmp_path / "run"}
     flags |= {"--rewards": tuple(family.rewards), "--height": 32, "--width": 32, "--prompts_per_iteration": 1}
     result = run_script(family.script, flags, log=tmp_path / "log")
     assert result.returncode == 2
-    assert f"see train_grpo_{OTHER_KIND[family.name]}.py" in result.stderr
+    assert f"see train_grpo_{same[0]}.py" in result.stderr
 
 
 def test_a_checkpoint_of_another_family_is_refused(run, family, cache, tmp_path):

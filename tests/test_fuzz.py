@@ -49,6 +49,7 @@ from fastvideo.errors import UserError
 from fastvideo.files import crc32
 from fastvideo.media import read_video, save_video
 from fastvideo.models import pretrained
+from fastvideo.models.families import FAMILIES
 from fastvideo.parallel.distributed import Ranks, init
 from fastvideo.parallel.shards import Fragment
 from fastvideo.rewards import load_rewards, parse_rewards, score
@@ -368,7 +369,7 @@ def metrics(folder: Path):
 def manifests(folder: Path):
     """manifest.json and results as evaluation reads them."""
     (folder / "export").mkdir()
-    sampling = {name: 2 for name in evaluate.ARGUMENTS["StableDiffusionPipeline"]}
+    sampling = {name: 2 for name in FAMILIES["sd"].sampling}
     (folder / "manifest.json").write_text(json.dumps({"arguments": {}, "sampling": sampling}))
     args = evaluate.Args(folder, folder, ("shapes",), folder, checkpoint=folder / "export")
     pipeline = type("StableDiffusionPipeline", (), {"vae": SimpleNamespace(config=SimpleNamespace(sample_size=32))})()
@@ -642,7 +643,7 @@ def args_target(script: str, needed: str) -> Target:
     return make
 
 
-for family in ("flux", "sd", "hunyuan", "skyreels", "wan"):
+for family in FAMILIES:
     needed_flags = "--model m --embeddings e --output_dir o --rewards shapes"
     target(quick=10 if family == "flux" else 2, slow=600 if family == "flux" else 100)(args_target(f"train_grpo_{family}", needed_flags))
     target(quick=2, slow=60)(args_target(f"embed_{family}", "--model m --prompts p.jsonl --output_dir o"))

@@ -1,12 +1,18 @@
 """The pieces of Algorithm 1 that need no network: advantages, selection, the loss, the order of prompts."""
 
+import importlib
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import REPOSITORY
 
-from fastvideo.embeddings.prompts import draw_prompts
+import train_grpo_flux
+from fastvideo.embeddings.prompts import shuffled_prompts
 from fastvideo.errors import UserError
 from fastvideo.parallel.distributed import keyed_generator
-from train_grpo_flux import best_of_n, check_ratio, group_advantages, grpo_loss, reference_kl, sde_step, select_timesteps
+from fastvideo.runs.guards import check_ratio
+from train_grpo_flux import best_of_n, group_advantages, grpo_loss, reference_kl, sde_step, select_timesteps
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 1 / 3, -7.7, 1e6, 1e-12, 3e38])
@@ -65,6 +71,28 @@ def test_loss_is_the_clipped_objective():
     assert stats["ratio_max_dev"].item() == pytest.approx(max(abs(r - 1) for r in log_ratio.exp().tolist()))
 
 
+def test_old_log_probs_are_computed_again_in_the_updates_own_batches(monkeypatch):
+    sizes, policy = [], torch.nn.Identity()
+
+    def score_transitions(network, transitions, cond, schedule, noise_level):
+        assert network is policy and cond["prompt"].tolist() == [10 * int(z_t[0] // 2) for z_t in transitions["z_t"]]
+        sizes.append(len(transitions["z_t"]))
+        return transitions["z_t"].sum(1), None
+
+    monkeypatch.setattr(train_grpo_flux, "score_transitions", score_transitions)
+    args = SimpleNamespace(old_log_prob="rollout", micro_batch_size=3, kept_generations=2, noise_level=0.3)
+    run = SimpleNamespace(args=args, policy=policy, reference=None)
+    z_t = torch.stack([torch.arange(4.0)[:, None].expand(4, 3), torch.rand(4, 3)], dim=-1)  # of 2 prompts with 2 samples with 3 steps
+    trajectory, cond = {"z_t": z_t, "old_log_prob": torch.zeros(4, 3)}, {"prompt": torch.tensor([0, 10])}
+    updates = [torch.cartesian_prod(torch.tensor(samples), torch.arange(3)) for samples in ([0, 2], [1, 3])]
+    train_grpo_flux.score_before_updates(updates, trajectory, cond, None, run)
+    assert sizes == [] and trajectory["old_log_prob"].eq(0).all()
+    args.old_log_prob = "recompute"
+    train_grpo_flux.score_before_updates(updates, trajectory, cond, None, run)
+    assert sizes == [3, 3, 3, 3]
+    assert torch.equal(trajectory["old_log_prob"], z_t.sum(-1))
+
+
 def test_reference_kl_is_that_of_the_gaussians():
     z_t, u, u_ref = torch.randn(3, 2, 4, 5, dtype=torch.float64).unbind()
     schedule = torch.tensor([1.0, 0.9, 0.8, 0.4, 0.3]).double()
@@ -77,12 +105,31 @@ def test_reference_kl_is_that_of_the_gaussians():
     assert reference_kl(transitions, schedule, u_ref, 0.3) == 0
 
 
+@pytest.mark.parametrize("name", ["flux", "sd", "hunyuan", "skyreels", "wan"])
+def test_the_last_transition_is_never_stochastic(name):
+    """What it adds would not reach what is decoded."""
+    script, folders = importlib.import_module(f"train_grpo_{name}"), {"embeddings": REPOSITORY, "output_dir": REPOSITORY}
+    flags = {
+        "model": REPOSITORY / "shapes" / "models" / name,
+        **folders,
+        "rewards": ("aesthetic",),
+        "sampling_steps": 7,
+        "height": 32,
+        "width": 32,
+    }
+    assert list(script.Args(**flags).stochastic_steps) == [0, 1, 2, 3, 4, 5]
+    assert list(script.Args(**flags, sde_window=(2, 4)).stochastic_steps) == [2, 3, 4, 5]
+    for window in ((2, 5), (-1, 3), (6, 1), (1, 0)):
+        with pytest.raises(UserError, match=f"--sde_window {window[0]} {window[1]} must lie within the first 6 of --sampling_steps 7"):
+            script.Args(**flags, sde_window=window)
+
+
 def test_every_epoch_visits_every_prompt_once_in_an_order_of_its_own():
-    drawn = [i for iteration in range(1, 15) for i in draw_prompts(7, 3, iteration, seed=0)]  # 42 places: six epochs
+    drawn = [i for iteration in range(1, 15) for i in shuffled_prompts(7, 3, iteration, seed=0)]  # 42 places: six epochs
     epochs = [drawn[k : k + 7] for k in range(0, 42, 7)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    assert draw_prompts(2, 5, 1, seed=0) != [] and len(draw_prompts(2, 5, 1, seed=0)) == 5  # more places than prompts
+    assert shuffled_prompts(2, 5, 1, seed=0) != [] and len(shuffled_prompts(2, 5, 1, seed=0)) == 5  # more places than prompts
 
 
 def test_random_draws_depend_on_their_key_alone():

@@ -234,12 +234,13 @@ def test_checkpoints_of_bad_times_are_no_way_back(run):
     assert all("write iteration_000001 into" in error for error in errors.values())
 
 
-def test_a_penalty_should_fall(run):
+@pytest.mark.parametrize("reward", ["a=FILE@0.5", "my rewards/b=1.py:a,power=2@0.5"])
+def test_a_penalty_should_fall(run, reward):
     """A reward whose weight is negative; with a positive one it is a collapse."""
     fall = curve(*line(0.7, 0.2, 30), *[0.2] * 10)
-    run.start({"reward_weights": [-1], "rewards": ["a=FILE@0.5"], "keep_checkpoints": 3}, 0)
+    run.start({"reward_weights": [-1], "rewards": [reward], "keep_checkpoints": 3}, 0)
     assert run.go(fall) == ([], {})
-    run.start({"reward_weights": [1], "rewards": ["a=FILE@0.5"], "keep_checkpoints": 3}, 0)
+    run.start({"reward_weights": [1], "rewards": [reward], "keep_checkpoints": 3}, 0)
     assert run.go(fall)[1]
 
 

@@ -1,6 +1,7 @@
 """A process that dies, stops or hangs ends the job within the timeout, and is named."""
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -34,6 +35,9 @@ def main():
                 if ranks.rank != 1:
                     work = dist.all_reduce(torch.ones(1000), async_op=True)
                 time.sleep(1000)
+            if sys.argv[2] == "standstill":
+                time.sleep(20)
+                return
             if ranks.rank == 1 and sys.argv[2] == "hang":
                 time.sleep(1000)
             if ranks.rank == 1 and sys.argv[2] == "bug":
@@ -185,6 +189,18 @@ def test_while_the_others_wait_for_a_gpu(worker, tmp_path, mishap, timeout, limi
     assert not errors(said[2]) and not errors(said[3])
     if mishap == "gpu_hang":
         assert took > timeout / 2, "ended while it might have come"
+
+
+@pytest.mark.slow
+def test_a_standstill_of_all_is_said(worker, tmp_path):
+    """Once, with the place; and if it was only slow, as here, the run goes on."""
+    forked = start_forked(worker, 12, "standstill", processes=2, log=tmp_path / "log")
+    for process in forked:
+        process.join(60)
+    said = [Path(f"{tmp_path / 'log'}.{rank}.stderr").read_text().strip() for rank in range(2)]
+    place = f"{worker}:{WORKER[: WORKER.index('standstill')].count(chr(10)) + 2}, in main"
+    assert re.fullmatch(rf"warning: nothing was sent between processes for 1\d s: rank 0 is at {re.escape(place)}", said[0]), said
+    assert (said[1], [process.exitcode for process in forked]) == ("", [0, 0])
 
 
 def test_end_is_quiet(worker, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from conftest import REPOSITORY, metrics_of
 
 from fastvideo.errors import UserError
-from fastvideo.rewards import load_rewards, parse_rewards
+from fastvideo.rewards import load_rewards, parse_rewards, score
 from fastvideo.rewards.preflight import preflight, preflight_alone
 from fastvideo.rewards.statistics import group_statistics
 
@@ -25,6 +25,13 @@ def test_each_reward_is_seen_alone_in_the_log():
     assert metrics["held_out/watched_mean"] == 1 and metrics["held_out/watched_zero_std_frac"] == 1
     assert metrics["reward/zero_std_frac"] == 0  # in each group one of the trained rewards tells the samples apart
     assert group_statistics({"collapsed": collapsed, "watched": watched}, ("collapsed",))["reward/zero_std_frac"] == 0.5
+
+
+def test_a_threshold_has_to_be_passed():
+    """A blank picture has exactly 0 of a caption: that is above -0.1 and not above 0."""
+    rewards = load_rewards(parse_rewards(["shapes", "shapes.low@-0.1", "shapes.equal@0"]), torch.device("cpu"))
+    scores = score(rewards, PICTURES, [{"prompt": "a red circle"}] * 2)
+    assert [scores[name].tolist() for name in rewards] == [[0, 0], [1, 1], [0, 0]]
 
 
 # --------------------------------------------------------------------------------------------------------------- held-out rewards

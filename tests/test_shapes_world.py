@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from fastvideo.errors import UserError
-from fastvideo.rewards.shapes import load_aesthetic, load_shapes, load_shapes_strict
 from shapes.checker import aesthetic, check, detect
 from shapes.evaluation import different
 from shapes.prompt_files import RL_SPECS, split
+from shapes.rewards import load_aesthetic, load_shapes, load_shapes_strict
 from shapes.tiny_models import TEXT_LENGTH, clip_tokenizer, t5_tokenizer
 from shapes.world import COLOURS, QUESTIONS, SHAPES, Spec, all_specs, caption, compatible, holds, mutate, parse, render
 

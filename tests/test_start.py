@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY, TRAIN, metrics_of, run_script
+from conftest import REPOSITORY, TRAIN, metrics_of, run_script, tiny_model
 
+from fastvideo.models.families import FAMILIES
 from fastvideo.parallel import reference
 from fastvideo.parallel.shards import set_updates
 
-MODELS = [REPOSITORY / "shapes" / "models" / family for family in ("flux", "sd", "hunyuan", "skyreels", "wan")]
+MODELS = list(map(tiny_model, FAMILIES))
 # Counts how often the reference's weights are taken to the device, in a run that is otherwise the script's own.
 COUNTING = f"""
 import runpy, sys

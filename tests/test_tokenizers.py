@@ -14,7 +14,7 @@ import sentencepiece
 import torch
 import torch.distributed as dist
 import transformers
-from conftest import SMALL_RUN, run_script
+from conftest import SMALL_RUN, run_script, tiny_model
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 from PIL import Image
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors, trainers
@@ -24,6 +24,7 @@ from fastvideo.embeddings.encoders import in_template, load_encoders
 from fastvideo.embeddings.fingerprint import check_encoder, encoder_fingerprint
 from fastvideo.errors import UserError
 from fastvideo.models import tokenizers
+from fastvideo.models.families import FAMILIES
 from fastvideo.models.pretrained import load_pipeline
 from fastvideo.models.tokenizers import load_tokenizer, load_tokenizers, own_digest, own_token_ids, token_digest, token_ids
 from fastvideo.parallel.distributed import exit_code_of, init
@@ -157,14 +158,14 @@ def test_llama_reads_the_tokens_that_were_found_by_hand(llama_3, family, tmp_pat
     check_encoder(cache, model)
 
 
-@pytest.mark.parametrize("family", ["sd", "flux", "hunyuan", "skyreels", "wan", "llama_3"])
+@pytest.mark.parametrize("family", [*FAMILIES, "llama_3"])
 def test_ids_are_those_of_the_folders_own_tokenizer_json(family, llama_3):
-    folder = llama_3 if family == "llama_3" else MODELS / family
+    folder = llama_3 if family == "llama_3" else tiny_model(family)
     index = json.loads((folder / "model_index.json").read_text())
     named = [name for name in index if name.startswith("tokenizer")]
     none = absent(*(name for name, entry in index.items() if isinstance(entry, list) and name not in named and name != "scheduler"))
     encoders = load_encoders(getattr(diffusers, index["_class_name"]), str(folder), **none)
-    assert len(named) == 1 + (family in ("flux", "hunyuan", "skyreels", "llama_3"))
+    assert len(named) == len(FAMILIES["hunyuan" if family == "llama_3" else family].text_encoders)
     for name in named:
         tokenizer = getattr(encoders, name)
         assert tokenizer(SENTENCES).input_ids == own_ids(folder / name, SENTENCES)

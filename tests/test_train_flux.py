@@ -63,6 +63,31 @@ def test_ratio_is_1_before_each_iterations_first_update(finished_run):
     assert any(row["policy/approx_kl"] > 0 for row in rows)  # and not 1 any more at the second update
 
 
+OTHER_RATIO = """
+import os
+import train_grpo_flux
+from fastvideo.parallel import distributed
+
+rollout = train_grpo_flux.rollout
+
+def off_on_rank_1(*arguments):
+    kept, x0_hat = rollout(*arguments)
+    kept["old_log_prob"] += 1e-3 * (os.environ["RANK"] == "1")
+    return kept, x0_hat
+
+train_grpo_flux.rollout = off_on_rank_1
+distributed.run(train_grpo_flux.main)
+"""
+
+
+def test_a_ratio_that_is_not_1_on_one_process_stops_all(train, tmp_path):
+    script = tmp_path / "other_ratio.py"
+    script.write_text(OTHER_RATIO)
+    result = train(tmp_path / "run", script=script, processes=2, check=False)
+    assert result.returncode == 2
+    assert result.stderr.count("error: before the first update, max |ratio - 1| is 1.0e-03 with --clip_range 0.0001") == 1
+
+
 # ---------------------------------------------------------------------------------------------------- one training, many layouts
 
 FOUR_PROMPTS = {"--iterations": 5, "--prompts_per_iteration": 4, "--timestep_fraction": 0.6, "--noise_level": 0.7}

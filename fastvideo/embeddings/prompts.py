@@ -82,7 +82,7 @@ def _absolute_image(image: object, path: Path, number: int) -> str:
     return absolute
 
 
-def draw_prompts(num_prompts: int, prompts_per_iteration: int, iteration: int, seed: int) -> list[int]:
+def shuffled_prompts(num_prompts: int, prompts_per_iteration: int, iteration: int, seed: int) -> list[int]:
     """Indices of the prompts of one iteration: every epoch goes once through all prompts in an order of its own."""
     places = range((iteration - 1) * prompts_per_iteration, iteration * prompts_per_iteration)
     epochs = {place // num_prompts for place in places}

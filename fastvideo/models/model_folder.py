@@ -5,64 +5,19 @@ No weights are read. docs/models.md says what each folder is made of and where i
 
 import json
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import diffusers
 import torch
 import transformers
 
 from fastvideo.errors import UserError, first_line
+from fastvideo.models.families import FAMILIES
+from fastvideo.models.families.family import Family, Use
 from fastvideo.models.pretrained import reading
 from fastvideo.models.tokenizers import check_tokenizer
 
-Use = Literal["training", "embedding", "evaluation"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """pipeline, network, vae, text_encoders: classes by name. channels: how many of the VAE's latents the network is given, as a factor."""
-
-    pipeline: str
-    network: str
-    vae: str
-    text_encoders: tuple[str, ...]
-    channels: int = 1
-
-    @property
-    def network_folder(self) -> str:
-        return "unet" if self.network.startswith("UNet") else "transformer"
-
-    def parts(self, use: Use) -> dict[str, str | None]:
-        """Folder -> class of its weights, or None: tokenizers and the scheduler, which is settings alone."""
-        encoders = {f"text_encoder{f'_{i}' * (i > 1)}": name for i, name in enumerate(self.text_encoders, 1)}
-        text = encoders | {name.replace("text_encoder", "tokenizer"): None for name in encoders} | {"scheduler": None}
-        networks = {self.network_folder: self.network, "vae": self.vae}
-        if use == "evaluation":
-            return networks | text
-        if use == "embedding":
-            return text | ({"vae": self.vae} if "ImageToVideo" in self.pipeline else {})
-        return networks | ({"scheduler": None} if self.network_folder == "unet" else {})
-
-
-FAMILIES = {
-    "sd": Family("StableDiffusionPipeline", "UNet2DConditionModel", "AutoencoderKL", ("CLIPTextModel",)),
-    "flux": Family(
-        "FluxPipeline", "FluxTransformer2DModel", "AutoencoderKL", ("CLIPTextModel", "T5EncoderModel"), channels=4
-    ),  # packed 2 x 2
-    "hunyuan": Family(
-        "HunyuanVideoPipeline", "HunyuanVideoTransformer3DModel", "AutoencoderKLHunyuanVideo", ("LlamaModel", "CLIPTextModel")
-    ),
-    "skyreels": Family(
-        "HunyuanSkyreelsImageToVideoPipeline",
-        "HunyuanVideoTransformer3DModel",
-        "AutoencoderKLHunyuanVideo",
-        ("LlamaModel", "CLIPTextModel"),
-        channels=2,  # of the clip and of the image
-    ),
-    "wan": Family("WanPipeline", "WanTransformer3DModel", "AutoencoderKLWan", ("UMT5EncoderModel",)),
-}
 # What a model_index.json may have beside the parts: nothing that changes a sample. The safety checker is switched off in evaluation.
 HARMLESS = {"safety_checker", "requires_safety_checker", "feature_extractor", "image_encoder"}
 # Inputs of a network that its script does not give, though the network would run without some of them: silently another model.
@@ -133,9 +88,10 @@ def _check_variant(folder: Path, kind: Family, flag: str) -> None:
     """UserError for a network that has the right class and other inputs than the script gives it."""
     network, vae = (_settings(folder / name / "config.json", flag) for name in (kind.network_folder, "vae"))
     with torch.device("meta"):
-        network, vae = (getattr(diffusers, of).from_config(config).config for of, config in ((kind.network, network), (kind.vae, vae)))
+        network = getattr(diffusers, kind.network.class_name).from_config(network).config
+        vae = getattr(diffusers, kind.vae.class_name).from_config(vae).config
     given = kind.channels * vae.get("latent_channels", vae.get("z_dim"))
-    predicted = given if kind.network == "FluxTransformer2DModel" else given // kind.channels
+    predicted = given if kind.packed else given // kind.channels
     has = network.in_channels, network.get("out_channels") or network.in_channels
     what = f"{flag} {folder}: its {kind.network_folder}"
     if has != (given, predicted):

@@ -15,6 +15,7 @@ from peft import LoraConfig
 
 from fastvideo.errors import UserError, first_line
 from fastvideo.models.tokenizers import load_tokenizers
+from fastvideo.parallel.attention import set_attention
 from fastvideo.parallel.distributed import Ranks, compute_dtype, on_main, together
 
 MOST = 4096  # layers, positions whose angles are computed ahead, or tokens that are made up
@@ -130,3 +131,20 @@ def add_lora(model: ModelMixin, rank: int, seed: int) -> None:
     torch.manual_seed(seed % 2**63)
     targets = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
     model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+
+
+def prepare(
+    network: ModelMixin,
+    attention: str,
+    lora_rank: int,
+    seed: int,
+    gradient_checkpointing: bool,
+    device: torch.device,
+    padded_text: bool = False,
+) -> ModelMixin:
+    """`network` ready for the engine: in training mode, with its attention backend (`set_attention`) and its adapter (`add_lora`)."""
+    set_attention(network, attention, device, padded_text=padded_text)
+    add_lora(network, lora_rank, seed)
+    if gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    return network.train()

@@ -108,11 +108,14 @@ class Watch:
 
     def _run(self) -> None:
         neighbour = (self.rank + 1) % self.world_size
-        beat = ""
-        silent = late = failed = 0.0  # seconds, counted in own periods, so that a job that is suspended as a whole goes on
+        beat, own = "", None
+        silent = late = failed = idle = 0.0  # seconds, counted in own periods, so that a job that is suspended as a whole goes on
         try:
             while not self.stopped.wait(PERIOD):
-                own = self._beat()
+                own_before, own = own, self._beat()
+                idle = idle + PERIOD if own == own_before else 0.0
+                if self.rank == 0 and self.late_limit < idle <= self.late_limit + PERIOD:
+                    self._warn_of_standstill(idle)
                 before, beat, word = beat, self._read("beat", neighbour), self._read("word", neighbour)
                 silent = silent + PERIOD if beat and beat == before and not word else 0.0
                 count = self._begun(beat)
@@ -127,6 +130,17 @@ class Watch:
             while self.error is None and not self.stopped.wait(PERIOD / 10):
                 if time.monotonic() - lost > self.limit:
                     self._end_without_store()
+
+    def _warn_of_standstill(self, seconds: float) -> None:
+        """Nobody is behind, or it would be said: all are at something that takes long, or hang alike, as for a server's answer."""
+        message = f"nothing was sent between processes for {seconds:.0f} s: rank 0 is at {self._place()}"
+        print(f"\nwarning: {message}", file=sys.stderr, flush=True)
+
+    @staticmethod
+    def _place() -> str:
+        """Where the main thread is."""
+        frame = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])[-1]
+        return f"{frame.filename}:{frame.lineno}, in {frame.name}"
 
     def _beat(self) -> tuple[int, int]:
         begun = collectives_begun()
@@ -157,7 +171,7 @@ class Watch:
         """Look at all processes for a while, then end this one; the lowest rank that lives says why."""
         stack = traceback.extract_stack(sys._current_frames()[threading.main_thread().ident])
         waits = self.error is not None or any("torch/distributed/" in frame.filename for frame in stack)
-        self.store.set(f"place/{self.rank}", f"{stack[-1].filename}:{stack[-1].lineno}, in {stack[-1].name}")
+        self.store.set(f"place/{self.rank}", self._place())
         self.store.set(f"waits/{self.rank}", "yes" if waits else "")
         ranks = range(self.world_size)
         before = [self._read("beat", rank) for rank in ranks]

@@ -1,6 +1,6 @@
 """CLIP score: cosine similarity of a picture and its prompt, by a CLIPModel folder in transformers' format or by open_clip's files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from fastvideo.errors import UserError
 from fastvideo.models.tokenizers import load_tokenizer
 from fastvideo.parallel.distributed import compute_dtype
-
-Reward = Callable[[torch.Tensor, list[dict]], torch.Tensor]
+from fastvideo.rewards import Reward
+from fastvideo.rewards.clip_pictures import check_prepare, normalise, resize, saved, shortest_edge
+from fastvideo.rewards.open_clip import find_weights, load_open_clip
 
 RESAMPLING = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}  # PIL's numbers, as preprocessor_config.json has them
 
@@ -22,8 +23,6 @@ def load_clip(path: str | None, device: torch.device, *, dtype: str = "float32")
         open_clip_pytorch_model.bin or open_clip_model.safetensors (read as such where both are); or one such file, beside its config.
     dtype: what the network computes in: "float32", "bfloat16", or "auto", which is bfloat16 on a GPU.
     """
-    from fastvideo.rewards.open_clip import find_weights, load_open_clip
-
     if path is None:
         raise UserError("--rewards: clip needs a folder with a CLIP model, written as clip=FOLDER")
     weights = find_weights(path)
@@ -94,17 +93,6 @@ def load_clip_folder(name: str, path: str, processor: str | None = None) -> tupl
     return model, tokenize, prepare
 
 
-def check_prepare(where: str, prepare: Callable, model: torch.nn.Module) -> None:
-    """Raise UserError, which begins with `where` the settings are, unless `prepare` makes of a picture what the CLIPModel takes."""
-    size = model.config.vision_config.image_size
-    try:
-        pixels = prepare(torch.zeros(1, 3, 40, 60))
-        if pixels.shape[1:] != (3, size, size) or not pixels.isfinite().all():
-            raise ValueError(f"pictures become {' x '.join(map(str, pixels.shape[2:]))}, or not finite, for a network of {size} x {size}")
-    except Exception as error:  # of wrong values come all sorts
-        raise UserError(f"{where} can't be followed: {type(error).__name__}: {error}") from error
-
-
 def preprocess(images: torch.Tensor, config: dict) -> torch.Tensor:
     """What CLIP's image processor does with saved pictures: (B, 3, H, W) in [-1, 1] -> (B, 3, h, w), resized, cropped and normalised.
 
@@ -121,37 +109,11 @@ def preprocess(images: torch.Tensor, config: dict) -> torch.Tensor:
     return images
 
 
-def saved(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] -> whole numbers in [0, 255], as a file has them, float32."""
-    return _to_8_bits(images.float() * 127.5 + 127.5)
-
-
-def _to_8_bits(images: torch.Tensor) -> torch.Tensor:
-    return images.round().clamp(0, 255)
-
-
-def shortest_edge(images: torch.Tensor, edge: int) -> tuple[int, int]:
-    """Height and width of the pictures once their shorter side is `edge`, as CLIP's processors round them."""
-    height, width = images.shape[2:]
-    return (edge, int(edge * width / height)) if height <= width else (int(edge * height / width), edge)
-
-
 def _target_size(images: torch.Tensor, size: dict | int) -> tuple[int, int]:
     """size["shortest_edge"] keeps the aspect ratio, size["height"] and ["width"] do not; an integer is a shortest edge."""
     if isinstance(size, int):
         size = {"shortest_edge": size}
     return shortest_edge(images, size["shortest_edge"]) if "shortest_edge" in size else (size["height"], size["width"])
-
-
-def resize(images: torch.Tensor, size: tuple[int, int], mode: str) -> torch.Tensor:
-    """Pictures of whole numbers in [0, 255], resized as PIL does: first the rows, then the columns, each rounded.
-
-    (Pillow 13 begins with the columns of some tall pictures, which is one level off in up to a quarter of the values.)
-    """
-    for target in ((images.shape[2], size[1]), size):
-        if target != images.shape[2:]:
-            images = _to_8_bits(F.interpolate(images, target, mode=mode, antialias=mode != "nearest-exact"))
-    return images
 
 
 def _center_crop(images: torch.Tensor, size: dict | int) -> torch.Tensor:
@@ -161,9 +123,3 @@ def _center_crop(images: torch.Tensor, size: dict | int) -> torch.Tensor:
     top, left = (height - crop_height) // 2, (width - crop_width) // 2
     # negative padding crops
     return F.pad(images, (-left, left - width + crop_width, -top, top - height + crop_height))
-
-
-def normalise(images: torch.Tensor, mean: Sequence[float] | float, std: Sequence[float] | float) -> torch.Tensor:
-    """(B, 3, H, W), by a number for each channel, or one for all."""
-    mean, std = (torch.tensor(values, device=images.device).reshape(-1, 1, 1) for values in (mean, std))
-    return (images - mean) / std

@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from fastvideo.errors import UserError
-from fastvideo.rewards.clip import Reward, cosine_reward, normalise, saved
-from fastvideo.rewards.open_clip import MEAN, STD, build_clip, load_tokenizer, pad, read_checkpoint
+from fastvideo.rewards import Reward
+from fastvideo.rewards.clip import cosine_reward
+from fastvideo.rewards.clip_pictures import normalise, pad, saved
+from fastvideo.rewards.open_clip import MEAN, STD, build_clip, load_tokenizer, read_checkpoint
 
 
 def load_hpsv2(path: str | None, device: torch.device, *, dtype: str = "float32") -> Reward:

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from fastvideo.errors import UserError
-from fastvideo.rewards.clip import check_prepare, normalise, resize, saved, shortest_edge
+from fastvideo.rewards.clip_pictures import check_prepare, normalise, pad, resize, saved, shortest_edge
 
 CONFIG = "open_clip_config.json"
 WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
@@ -205,9 +204,3 @@ def preprocess(images: torch.Tensor, size: int, config: dict) -> torch.Tensor:
         top, left = (round((edge - size) / 2) for edge in images.shape[2:])
         images = images[:, :, top : top + size, left : left + size]
     return normalise(images / 255, config.get("mean") or MEAN, config.get("std") or STD)
-
-
-def pad(images: torch.Tensor, size: int) -> torch.Tensor:
-    """(B, 3, h, w) -> (B, 3, size, size), with zeros around the images; an odd row or column goes to the end."""
-    height, width = (size - edge for edge in images.shape[2:])
-    return F.pad(images, (width // 2, width - width // 2, height // 2, height - height // 2))

@@ -3,7 +3,8 @@
 import torch
 
 from fastvideo.errors import UserError
-from fastvideo.rewards.clip import Reward, cosine_reward, load_clip_folder
+from fastvideo.rewards import Reward
+from fastvideo.rewards.clip import cosine_reward, load_clip_folder
 
 
 def load_pickscore(path: str | None, device: torch.device, *, processor: str = "", dtype: str = "float32") -> Reward:

@@ -106,6 +106,6 @@ class Scorer:
     def heads(self, name: str) -> dict[str, Reward]:
         """This reward and those that come with it from one forward pass, such as videoalign.vq and videoalign.mq; it is the first."""
         model = name.rpartition(".")[0]
-        one_model = model and model not in REWARDS  # else what follows is a label
+        one_model = any(known.startswith(f"{model}.") for known in REWARDS)  # else what follows is a label
         others = [other for other in self.rewards if one_model and other != name and other.rpartition(".")[0] == model]
         return {other: self.rewards[other] for other in [name, *others]}

@@ -21,14 +21,14 @@ from peft import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from fastvideo.runs import guards
-from fastvideo.parallel.distributed import Ranks, all_gather_object, on_main, together
 from fastvideo.errors import UserError
-from fastvideo.parallel.ema import EMA
 from fastvideo.files import rename_folder, whole_file, whole_folder, write_tensors, writing
-from fastvideo.runs.integrity import checksum, latest, naming_the_last, verify, way_back
+from fastvideo.parallel.distributed import Ranks, all_gather_object, on_main, together
+from fastvideo.parallel.ema import EMA
 from fastvideo.parallel.shards import Fragment, adam_shards, fragments, master_shards, parameter_shapes, refresh_weights, set_updates
 from fastvideo.parallel.zero import full_state_dict
+from fastvideo.runs import guards
+from fastvideo.runs.integrity import checksum, latest, naming_the_last, verify, way_back
 
 
 def save(engine: DeepSpeedEngine, ema: EMA | None, output_dir: Path, iteration: int, keep: int, ranks: Ranks) -> None:

@@ -5,15 +5,15 @@ A rule looks at rows of metrics.jsonl, one an iteration, and says what is wrong 
 
 import json
 import math
-import re
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean, median, pstdev
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from fastvideo.parallel.distributed import on_main
 from fastvideo.errors import UserError, warn
-from fastvideo.runs.tracking import read_metrics
+from fastvideo.parallel.distributed import on_main
+from fastvideo.rewards.names import metric_name
+from fastvideo.runs.tracking import read_metrics, unchanged_since
 
 Rows = list[dict[str, float]]
 
@@ -63,7 +63,7 @@ def _check(output_dir: Path, iteration: int, clip_range: float) -> UserError | N
     manifest = json.loads((output_dir / "manifest.json").read_text())
     begin = unchanged_since(manifest)
     weights = zip(manifest["arguments"]["rewards"], manifest["arguments"]["reward_weights"])
-    penalties = {f"reward/{re.split('[=@,]', text)[0]}_mean" for text, weight in weights if weight < 0}  # which should fall
+    penalties = {f"reward/{metric_name(text)}_mean" for text, weight in weights if weight < 0}  # which should fall
     rows = [{key: value for key, value in row.items() if key not in penalties} for row in rows if row["iteration"] > begin]
     failure = None
     for rule, step in rules:
@@ -79,14 +79,17 @@ def _check(output_dir: Path, iteration: int, clip_range: float) -> UserError | N
     return failure
 
 
-def unchanged_since(manifest: dict[str, Any]) -> int:
-    """The last iteration that was made with other arguments: before it, rewards may have been others, or what was wrong be cured."""
-    begin = manifest["from_iteration"]
-    for before in reversed(manifest["history"]):  # each has what was not the same at the next start
-        if "arguments" in before:
-            break
-        begin = min(begin, before.get("from_iteration", begin))
-    return begin
+def check_ratio(max_deviation: float, clip_range: float) -> None:
+    """Before the first update the ratio is 1. Warns above a tenth of clip_range; raises UserError above clip_range, and for NaN."""
+    message = (
+        f"before the first update, max |ratio - 1| is {max_deviation:.1e} with --clip_range {clip_range}: rollout and update computed "
+        "different log-probs, because of bfloat16 kernels that depend on the batch shape, the attention backend, or dropout. "
+        "--old_log_prob recompute cures it; so may equal --rollout_batch_size and --micro_batch_size, or --dtype float32"
+    )
+    if not max_deviation <= clip_range:
+        raise UserError(message)
+    if max_deviation > clip_range / 10:
+        warn(message)
 
 
 # ------------------------------------------------------------------------------------------------------- rules for each iteration

@@ -15,10 +15,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from fastvideo.runs import checkpoint, tracking
-from fastvideo.parallel.distributed import Ranks, on_main
 from fastvideo.errors import UserError, warn
 from fastvideo.files import whole_file
+from fastvideo.parallel.distributed import Ranks, on_main
+from fastvideo.rewards.names import split_file
+from fastvideo.runs import checkpoint, tracking
 
 PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "peft", "safetensors")
 # Flags that a resumed run may change: where things are, how the work is laid out, what is logged. All others change what is computed.
@@ -219,6 +220,12 @@ def _meaning(name: str, value: Any) -> Any:
     if name == "model" and isinstance(value, str):
         return Path(value).name
     if name == "rewards" and isinstance(value, list):
-        moved = [re.sub(r",(patience|batch)=[^,@]*", "", re.sub(r"^(http[^=]*=)[^,@]*", r"\1", str(spec))) for spec in value]
-        return [re.sub(r"=[^=,]*/", "=", spec) for spec in moved]
+        return [_reward_meaning(str(text)) for text in value]
     return value
+
+
+def _reward_meaning(text: str) -> str:
+    file, text = split_file(text)
+    if re.match(r"http(\.\w+)?=", text) and not file:
+        text = re.sub(r",(patience|batch)=[^,@]*", "", re.sub(r"=[^,@]*", "=", text, count=1))
+    return (f"{Path(file).name}:" if file else "") + re.sub(r"=[^=,]*/", "=", text)

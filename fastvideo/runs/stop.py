@@ -6,8 +6,8 @@ import signal
 import time
 from types import FrameType
 
-from fastvideo.parallel.distributed import all_gather_object
 from fastvideo.errors import UserError, launch_rank
+from fastvideo.parallel.distributed import all_gather_object
 
 # What would end a run unsaved: from SLURM at preemption and requeue, or as a warning (sbatch --signal); Ctrl-C, Ctrl-\, a closed terminal;
 # a limit of CPU time. Timers' are for who sets them; faults and SIGKILL cannot be caught; SIGPIPE and SIGXFSZ are errors in Python.

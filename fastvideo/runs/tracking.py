@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fastvideo.errors import UserError, warn
+from fastvideo.files import whole_file, writing
+from fastvideo.media import save_samples
 from fastvideo.parallel import devices
 from fastvideo.parallel.devices import peak_memory_gib
 from fastvideo.parallel.distributed import all_gather_object, on_main
-from fastvideo.errors import UserError, warn
-from fastvideo.files import whole_file, writing
 from fastvideo.runs.integrity import naming_the_last
-from fastvideo.media import save_samples
 
 
 def check(output_dir: Path, trackers: list[str]) -> None:
@@ -146,10 +146,14 @@ class Tracker:
 
 
 class Timer:
-    """Seconds spent under each name: `with timer("rollout"): ...`, then `timer.seconds`."""
+    """Seconds spent under each name: `with timer("rollout"): ...`, then `timer.seconds`; from its making to `end` as "iteration"."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.start = _now()
+
+    def end(self) -> None:
+        self.seconds["iteration"] = _now() - self.start
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -189,6 +193,16 @@ def read_metrics(output_dir: Path) -> list[dict[str, float]]:
             if number < len(lines):  # nothing stands behind the last line break but what was being written
                 raise UserError(f"line {number} of {path} is damaged: mend or delete it") from error
     return rows
+
+
+def unchanged_since(manifest: dict[str, Any]) -> int:
+    """The last iteration that was made with other arguments: before it, rewards may have been others, or what was wrong be cured."""
+    begin = manifest["from_iteration"]
+    for before in reversed(manifest["history"]):  # each has what was not the same at the next start
+        if "arguments" in before:
+            break
+        begin = min(begin, before.get("from_iteration", begin))
+    return begin
 
 
 def plot_rewards(output_dir: Path, path: Path, evaluation: dict[str, Any] | None = None, window: int = 10) -> Path:

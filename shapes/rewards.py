@@ -1,18 +1,15 @@
 """Rewards of the shapes world, exact and without a model: does a picture or clip show what its caption says, and is it well made."""
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 from PIL import Image
 
 from fastvideo.errors import UserError
+from fastvideo.rewards import Reward
 from shapes import video_checker
 from shapes.checker import aesthetic, check
 from shapes.video import parse_video
 from shapes.world import SIZE, parse
-
-Reward = Callable[[torch.Tensor, list[dict]], torch.Tensor]
 
 
 def load_shapes(path: str | None, device: torch.device) -> Reward:
