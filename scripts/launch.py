@@ -60,7 +60,8 @@ def first_failure(failed: ChildFailedError) -> int:
         memory = ", as by the system when memory runs out" * (failure.exitcode == -signal.SIGKILL)
         how = f"was ended by {signal.Signals(-failure.exitcode).name}{memory}"
     else:
-        how = f"failed with exit code {code}: {failure.message.splitlines()[0]}"
+        said = failure.message.splitlines()[0] if Path(failure.error_file).is_file() else "see what it has said"
+        how = f"failed with exit code {code}: {said}"
     if code not in (2, *(128 + number for number in SIGNALS)):
         print(f"error: rank {rank}, which was the first to fail on this node, {how}", file=sys.stderr)
     return code

@@ -5,6 +5,9 @@
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
 need MODEL PROMPTS OUTPUT_DIR
+if lacking=$(grep -cv -e '"prompt": *"FPS-24, ' -e '^[[:space:]]*$' "$PROMPTS" 2>/dev/null); then
+    echo "warning: $lacking prompts in $PROMPTS do not begin with 'FPS-24, ', as those that SkyReels-V1 was trained on do: docs/prompts.md" >&2
+fi
 python "$repository/preprocess/check_model.py" "$MODEL" --family skyreels --use embedding
 exec python "$repository/scripts/launch.py" "${rendezvous[@]}" --nproc_per_node "$GPUS" \
   "$repository/preprocess/embed_skyreels.py" \

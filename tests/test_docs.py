@@ -22,7 +22,7 @@ TO_BE_WRITTEN = {"FILE.py", "brightness.py", "palette.py", "hpsv3_reward.py"}  #
 OTHERS_FLAGS = {  # of torchrun, pip, pytest, SLURM, Docker, hf and what else the pages tell people to run
     "no", "standalone", "nproc_per_node", "no-build-isolation", "no-deps", "nodes", "gpus-per-node", "time", "signal", "nodelist", "batch",
     "requeue", "overlap", "jobid", "pid", "nv", "pwd", "bind", "container-image", "container-workdir", "container-mounts", "numprocesses",
-    "include", "exclude", "local-dir", "help", "data-binary", "write",
+    "include", "exclude", "local-dir", "help", "data-binary", "write", "repo-type",
 }
 # fmt: on
 
@@ -112,6 +112,15 @@ def computed() -> list[tuple[str, str, tuple[float, ...]]]:
         ("docs/models.md", r"holds weights, ([\d.]+) GB", (2 * hunyuan.parameters / 1e9,)),
         ("docs/models.md", r"([\d.]+) GB on 64 GPUs, ([\d.]+) GB on 32", tuple(22 * hunyuan.parameters / gpus / 1e9 for gpus in (64, 32))),
         ("docs/models.md", r"network is there twice, (\d+) GiB", (4 * hunyuan.parameters / 2**30,)),
+        *(
+            ("docs/models.md", rf"\| {row} \| (\d+) GB \| (\d+) GB", tuple(n * 16 * MODELS[key].parameters / 1e9 for n in (1, 4)))
+            for row, key in (
+                ("Stable Diffusion v1.4", "sd_v1.4"),
+                ("FLUX.1-dev", "flux.1-dev"),
+                ("HunyuanVideo, SkyReels-V1-I2V", "hunyuan_video"),
+                ("Wan 2.1 T2V 1.3B", "wan_2.1_t2v_1.3b"),
+            )
+        ),
         ("docs/parallelism.md", r"so (\d+) GB for FLUX.1-dev; `--keep", (16 * 12,)),  # with N = 12e9, as the page says
         (
             "docs/new_model.md",

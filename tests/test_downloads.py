@@ -91,6 +91,17 @@ REPOSITORIES = {
     "Qwen/Qwen2-VL-7B-Instruct": ({"config.json", *shards("model", 5)}, set()),
 }
 
+DATA_SETS = {  # likewise
+    "ymhao/HPDv2": ({"train.json"}, {"train.tar.gz", "test.json", "test.tar.gz"}),
+    "zhwang/HPDv2": (
+        parts("benchmark", "anime.json", "concept-art.json", "paintings.json", "photo.json"),
+        {"benchmark/benchmark_imgs/CM.tar.gz", "test.tar.gz"},
+    ),
+    "WenhaoWang/VidProM": ({"VidProM_unique.csv"}, {"example/example.tar.gz"}),
+    "BestWishYsh/ConsisID-preview-Data": ({"video_caption_train.json"}, {"videos/1.tar.gz"}),
+}
+REPOSITORIES |= DATA_SETS
+
 
 def commands() -> list[tuple[str, list[str]]]:
     """Every `hf download` of the texts: where it stands, and its words."""
@@ -122,6 +133,8 @@ def fetched(words: list[str], monkeypatch) -> tuple[str, set[str]]:
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 0, (words, result.output, result.exception)
     files = set().union(*REPOSITORIES[asked["repo_id"]])
+    kind = getattr(asked["repo_type"], "value", asked["repo_type"])
+    assert (kind == "dataset") == (asked["repo_id"] in DATA_SETS), words
     if "filename" in asked:
         return asked["repo_id"], {asked["filename"]}
     return asked["repo_id"], set(
@@ -138,7 +151,10 @@ def test_the_documented_downloads_fetch_what_is_needed(monkeypatch):
         if "transformer/*" in words:  # what SkyReels takes of HunyuanVideo
             needed, rest = OF_HUNYUAN, needed - OF_HUNYUAN
         assert needed <= files, (place, words, needed - files)
-        assert not {name for name in files & rest if name.endswith((".bin", ".safetensors", ".h5", ".msgpack", ".pt"))}, (place, words)
+        assert not {name for name in files & rest if name.endswith((".bin", ".safetensors", ".h5", ".msgpack", ".pt", ".tar.gz"))}, (
+            place,
+            words,
+        )
 
 
 def test_two_patterns_behind_one_option_are_noticed(monkeypatch):

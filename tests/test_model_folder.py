@@ -100,7 +100,42 @@ def test_files_that_are_missing_or_cut_off(copy):
     (network / "flax_model.msgpack").write_bytes(b"")
     assert "has no diffusion_pytorch_model.safetensors, only flax_model.msgpack" in sentence(model)
     shutil.rmtree(network)
-    assert sentence(model) == f"--model: there is no folder {network}"
+    assert sentence(model) == f"--model: there is no folder {network}: download the folder again"
+    unfinished = model / ".cache" / "huggingface" / "download" / "transformer" / "x.incomplete"
+    unfinished.parent.mkdir(parents=True)
+    unfinished.touch()
+    assert "interrupted: give the same hf download command again" in sentence(model)
+
+
+@pytest.mark.parametrize("use", ["embedding", "evaluation"])
+def test_a_tokenizer_that_is_missing_broken_or_of_another_encoder(copy, use):
+    model = copy("hunyuan")
+    file = model / "tokenizer" / "tokenizer.json"
+    whole = file.read_text()
+    others = {  # more tokens than LLaMA has, and far fewer
+        "knows 574 tokens, but {}/text_encoder has 505": "hunyuan/tokenizer_2",
+        "knows 124 tokens, but {}/text_encoder has 505": "wan/tokenizer",
+    }
+    for said, other in others.items():
+        shutil.copytree(MODELS / other, file.parent, dirs_exist_ok=True)
+        assert said.format(model) in sentence(model, "hunyuan", use)
+    shutil.copytree(MODELS / "hunyuan" / "tokenizer", file.parent, dirs_exist_ok=True)
+    check_model(model, "hunyuan", use)
+    file.write_text(whole[:1000])
+    assert f"{file.parent} is no tokenizer that works (tokenizer.json, tokenizer_config.json): " in sentence(model, "hunyuan", use)
+    file.unlink()
+    assert f"{file.parent} has no tokenizer.json, and what it has" in sentence(model, "hunyuan", use)
+    assert sentence(model, "hunyuan", use).endswith("download the folder again")
+    shutil.rmtree(file.parent)
+    file.parent.mkdir()
+    assert sentence(model, "hunyuan", use) == f"--model: {file.parent} is empty: download the folder again"
+    check_model(model, "hunyuan", "training")
+
+
+def test_flux_with_its_second_tokenizer_twice(copy):
+    model = copy("flux")
+    shutil.copytree(model / "tokenizer_2", model / "tokenizer", dirs_exist_ok=True)
+    assert f"{model}/tokenizer knows 119 tokens, but {model}/text_encoder has 574: it is another encoder's" in sentence(model)
 
 
 def test_weights_are_compared_with_the_config(copy):
@@ -186,6 +221,42 @@ def test_a_composed_folder_needs_its_own_pipeline(copy):
     change(model / "model_index.json", _class_name="HunyuanVideoPipeline")
     assert "is a HunyuanVideoPipeline by its model_index.json, not the HunyuanSkyreelsImageToVideoPipeline" in sentence(model, "skyreels")
     assert "channels and predicts" in sentence(model)  # as what it says it is, it is a variant
+
+
+def test_the_two_mistakes_with_skyreels_transformer(copy):
+    """Its pipeline not named; and HunyuanVideo's transformer left where SkyReels' belongs."""
+    model = copy("skyreels")
+    change(model / "model_index.json", _class_name="HunyuanVideoPipeline")
+    assert sentence(model, "skyreels").endswith("by the sed command of docs/models.md#skyreels-v1-i2v")
+    change(model / "model_index.json", _class_name="HunyuanSkyreelsImageToVideoPipeline")
+    shutil.copytree(MODELS / "hunyuan" / "transformer", model / "transformer", dirs_exist_ok=True)
+    assert "it is not given the first frame: SkyReels' has another than HunyuanVideo; see docs/models.md" in sentence(model)
+
+
+def test_what_else_a_folder_may_be(copy, tmp_path):
+    hub = tmp_path / "models--a--b"
+    shutil.copytree(MODELS / "wan", hub / "snapshots" / "0a1b")
+    for given in (hub, hub / "snapshots"):
+        assert sentence(given).endswith(f"it has no model_index.json; {hub}/snapshots/0a1b has one: give that")
+    check_model(hub / "snapshots" / "0a1b")
+    weights = hub / "snapshots" / "0a1b" / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    weights.symlink_to("../../../blobs/ffff")
+    assert f"{weights.name} is a link to ../../../blobs/ffff, which is not there" in sentence(hub / "snapshots" / "0a1b")
+    for file in ("hunyuan-video-t2v-720p/transformers/mp_rank_00_model_states.pt", "Wan2.1_VAE.pth"):
+        authors = tmp_path / Path(file).stem
+        (authors / file).parent.mkdir(parents=True)
+        (authors / file).touch()
+        (authors / "config.json").write_text("{}")
+        assert f"but {file}: it is in its authors' layout" in sentence(authors)
+    lora = tmp_path / "lora"
+    lora.mkdir()
+    (lora / "pytorch_lora_weights.safetensors").touch()
+    assert "is an adapter (LoRA), not a model" in sentence(lora)
+    assert (
+        sentence(lora / "pytorch_lora_weights.safetensors")
+        == f"--model: {lora}/pytorch_lora_weights.safetensors is a file, not a model's folder"
+    )
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,20 @@ def test_launch_scripts_ask_for_all_that_is_missing_at_once(shell_script):
             assert "error: set MODEL, EMBEDDINGS: the head" in result.stderr
 
 
+def test_skyreels_prompts_without_their_beginning_are_warned_of(tmp_path):
+    """Also that the documented command adds it, once, to what is shown and not to what is drawn."""
+    path = tmp_path / "prompts" / "consisid_train" / "prompts.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text("".join(json.dumps({"prompt": text, "image": "1.png", "image_prompt": text}) + "\n" for text in ("a fox", "a cat")))
+    given = {"MODEL": tmp_path, "PROMPTS": path, "OUTPUT_DIR": tmp_path / "cache", "GPUS": 1}
+    assert f"warning: 2 prompts in {path} do not begin with 'FPS-24, '" in bash("bash scripts/preprocess_skyreels.sh", **given).stderr
+    command = next(line for line in (REPOSITORY / "docs" / "prompts.md").read_text().splitlines() if line.startswith("sed -i"))
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["prompt"], row["image_prompt"]) for row in rows] == [("FPS-24, a fox", "a fox"), ("FPS-24, a cat", "a cat")]
+    assert "warning" not in bash("bash scripts/preprocess_skyreels.sh", **given).stderr
+
+
 def test_a_wrong_folder_is_refused_before_the_launch(tmp_path):
     command = "bash scripts/preprocess_flux.sh"
     given = {"MODEL": REPOSITORY / "shapes" / "models" / "sd", "PROMPTS": PROMPTS, "OUTPUT_DIR": tmp_path / "cache"}

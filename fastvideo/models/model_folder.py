@@ -16,6 +16,7 @@ from fastvideo.errors import UserError, first_line
 from fastvideo.models.families import FAMILIES
 from fastvideo.models.families.family import Family, Use
 from fastvideo.models.pretrained import reading
+from fastvideo.models.tokenizers import check_tokenizer
 
 # What a model_index.json may have beside the parts: nothing that changes a sample. The safety checker is switched off in evaluation.
 HARMLESS = {"safety_checker", "requires_safety_checker", "feature_extractor", "image_encoder"}
@@ -25,6 +26,10 @@ INPUTS = (
     "added_kv_proj_dim", "num_class_embeds",
 )  # fmt: skip
 
+ADAPTERS = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json")
+HUNYUAN = "HunyuanVideoTransformer3DModel"  # of SkyReels too, with more channels
+SKYREELS = "docs/models.md#skyreels-v1-i2v"
+
 
 def check_model(folder: str | Path, family: str | None = None, use: Use = "evaluation", flag: str = "--model") -> dict[str, int]:
     """Bytes of each part's weights. Raises UserError, naming the file, unless `folder` has all that `use` needs of it.
@@ -33,7 +38,7 @@ def check_model(folder: str | Path, family: str | None = None, use: Use = "evalu
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise UserError(f"{flag}: there is no folder {folder}")
+        raise UserError(f"{flag}: " + (f"{folder} is a file, not a model's folder" if folder.exists() else f"there is no folder {folder}"))
     if not (folder / "model_index.json").is_file():
         raise UserError(f"{flag} {folder} is no diffusers folder: it has no model_index.json{_what_it_is(folder, flag)}")
     index = _settings(folder / "model_index.json", flag)
@@ -45,6 +50,8 @@ def check_model(folder: str | Path, family: str | None = None, use: Use = "evalu
     kind = FAMILIES[family]
     if pipeline != kind.pipeline:
         elsewhere = f": see train_grpo_{known[pipeline]}.py" if pipeline in known else ""
+        if (family, known.get(pipeline)) == ("skyreels", "hunyuan"):
+            elsewhere = f": name it there, by the sed command of {SKYREELS}"
         raise UserError(f"{flag} {folder} is a {pipeline} by its model_index.json, not the {kind.pipeline} that is needed here{elsewhere}")
     known_parts = HARMLESS | kind.parts("evaluation").keys()
     further = {k: v for k, v in index.items() if k not in known_parts and not k.startswith("_") and v not in (None, False, [None, None])}
@@ -54,11 +61,13 @@ def check_model(folder: str | Path, family: str | None = None, use: Use = "evalu
     sizes = {}
     for name, model_class in kind.parts(use).items():
         if not (folder / name).is_dir():
-            raise UserError(f"{flag}: there is no folder {folder / name}")
+            raise UserError(f"{flag}: there is no folder {folder / name}: {_again(folder)}")
         if model_class:
             sizes[name] = _check_weights(folder / name, model_class, flag)
+        elif name.startswith("tokenizer"):
+            check_tokenizer(folder / name, folder / name.replace("tokenizer", "text_encoder"), flag)
         elif name == "scheduler" and not (folder / name / "scheduler_config.json").is_file():
-            raise UserError(f"{flag}: {folder / name} has no scheduler_config.json")
+            raise UserError(f"{flag}: {folder / name} has no scheduler_config.json: {_again(folder)}")
     if kind.network_folder in sizes:
         _check_variant(folder, kind, flag)
     return sizes
@@ -72,13 +81,26 @@ def _settings(path: Path, flag: str) -> dict[str, Any]:
         raise UserError(f"{flag}: {path.parent} cannot be loaded: {path.name} is damaged: {first_line(error)}") from error
 
 
+def _again(folder: Path) -> str:
+    if any(folder.glob(".cache/huggingface/download/**/*.incomplete")):
+        return "its download was interrupted: give the same hf download command again, and it goes on"
+    return "download the folder again"
+
+
 def _what_it_is(folder: Path, flag: str) -> str:
     """What a folder without model_index.json may be instead."""
+    if snapshots := [path.parent for pattern in ("snapshots/*", "*") for path in folder.glob(f"{pattern}/model_index.json")]:
+        return f"; {snapshots[-1]} has one: give that"
+    if own := [*folder.glob("*.pth"), *folder.glob("*/transformers/*.pt"), *folder.glob("*/vae/*.pt")]:
+        file = own[0].relative_to(folder)
+        return f", but {file}: it is in its authors' layout, and another repository has that of diffusers (docs/models.md)"
     if (folder / "config.json").is_file():
         name = _settings(folder / "config.json", flag).get("_class_name", "network")
         return f", but a {name} at its root, which belongs into a folder transformer/ beside the model's other parts (docs/models.md)"
+    if adapters := [name for name in ADAPTERS if (folder / name).is_file()]:
+        return f", and {adapters[0]} is an adapter (LoRA), not a model: give the folder of the model that it was made for"
     single = sorted(folder.glob("*.safetensors"))
-    return f", and {single[0].name} is a file for other programs (docs/models.md)" if single else ""
+    return f", and {single[0].name} is a file for other programs (docs/models.md)" if single else f": {_again(folder)}"
 
 
 def _check_variant(folder: Path, kind: Family, flag: str) -> None:
@@ -92,10 +114,12 @@ def _check_variant(folder: Path, kind: Family, flag: str) -> None:
     has = network.in_channels, network.get("out_channels") or network.in_channels
     what = f"{flag} {folder}: its {kind.network_folder}"
     if has != (given, predicted):
-        raise UserError(
-            f"{what} takes {has[0]} channels and predicts {has[1]}, not {given} and {predicted} as a {kind.pipeline}'s: it is a "
-            "variant that is given pictures or masks too"
-        )
+        why = "it is a variant that is given pictures or masks too"
+        if has[0] < given:
+            why = "it is not given the first frame" if kind.channels > 1 else "it is another model's"
+        if kind.network.class_name == HUNYUAN and has[0] in (given // 2, given * 2):
+            why += f": SkyReels' has another than HunyuanVideo; see {SKYREELS}"
+        raise UserError(f"{what} takes {has[0]} channels and predicts {has[1]}, not {given} and {predicted} as a {kind.pipeline}'s: {why}")
     for name in INPUTS:
         if network.get(name) is not None:
             raise UserError(f"{what} has {name} {network[name]}: it is a variant with an input that a {kind.pipeline} does not give")
@@ -104,7 +128,7 @@ def _check_variant(folder: Path, kind: Family, flag: str) -> None:
 def _check_weights(folder: Path, class_name: str, flag: str) -> int:
     """Bytes of a part's weights. UserError unless its files are whole and have all tensors that its config.json asks for."""
     if not (folder / "config.json").is_file():
-        raise UserError(f"{flag}: {folder} has no config.json")
+        raise UserError(f"{flag}: {folder} has no config.json: {_again(folder.parent)}")
     config, of_diffusers, tensors, size = _settings(folder / "config.json", flag), hasattr(diffusers, class_name), {}, 0
     try:
         if of_diffusers and config.get("_class_name") != class_name:
@@ -130,12 +154,14 @@ def _weight_files(folder: Path, class_name: str, stem: str) -> list[Path]:
     if index.is_file() and (stem != "model" or not single.is_file()):  # the two libraries prefer different ones
         names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         if lost := [name for name in names if not (folder / name).is_file()]:
+            _check_link(folder / lost[0])
             raise ValueError(
                 f"{lost[0]}, named in {index.name}, is missing ({len(lost)} of {len(names)} files are): download the folder again"
             )
         return [folder / name for name in names]
     if single.is_file():
         return [single]
+    _check_link(single)
     of_variant = re.compile(rf"{stem}\.(?:safetensors\.index\.(\w+)\.json|(?!safetensors\.)(\w+)\.safetensors)")
     variants = [match[1] or match[2] for path in sorted(folder.iterdir()) if (match := of_variant.fullmatch(path.name))]
     if variants or list(folder.glob("*.bin")):
@@ -148,6 +174,12 @@ def _weight_files(folder: Path, class_name: str, stem: str) -> list[Path]:
         raise ValueError(f'it has no {single.name}, {found}; to convert: python -c "{convert}"')
     found = ", ".join(sorted(path.name for path in folder.iterdir() if path.name != "config.json")[:3])
     raise ValueError(f"it has no {single.name}" + (f", only {found}" if found else "") + ": download the folder again")
+
+
+def _check_link(file: Path) -> None:
+    """ValueError if it is a link whose end is gone, as of the hub's cache that was cleared, or copied without what it points to."""
+    if file.is_symlink():
+        raise ValueError(f"{file.name} is a link to {file.readlink()}, which is not there: copy the folder by cp -rL, or download it again")
 
 
 def _head(file: Path) -> dict[str, list[int]]:

@@ -51,6 +51,8 @@ def load_tokenizer(folder: Path, tokenizer_class: Any, flag: str, *, of_any_kind
     the flag, for files that are missing or broken, for token ids that are not those of the files, and for files that nothing but
     `tokenizer_class` can read; with `of_any_kind` these are only warned of.
     """
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UserError(f"{flag}: {folder} is {'empty' if folder.is_dir() else 'missing'}: download the folder again")
     in_one_file = folder / "tokenizer.json"
     options = {"local_files_only": True, "model_input_names": ["input_ids", "attention_mask"]}
     options |= {} if of_any_kind else {"padding_side": "right"}
@@ -58,13 +60,18 @@ def load_tokenizer(folder: Path, tokenizer_class: Any, flag: str, *, of_any_kind
         tokenizer = (PreTrainedTokenizerFast if in_one_file.is_file() else tokenizer_class).from_pretrained(folder, **options)
         files = [folder / name for kind, name in tokenizer.vocab_files_names.items() if kind != "tokenizer_file"]
         if not in_one_file.is_file() and not all(path.is_file() for path in files):  # transformers would make one that knows no words
-            raise UserError(f"{flag}: {folder} has no {in_one_file.name} and no {' and '.join(path.name for path in files)}")
+            others = " and ".join(path.name for path in files)
+            raise UserError(
+                f"{flag}: {folder} has no {in_one_file.name}" + f" and no {others}" * bool(files) + ": download the folder again"
+            )
         tokenizer("a", padding="max_length", max_length=min(8, tokenizer.model_max_length), truncation=True, return_tensors="pt")
         ids, own = token_ids(tokenizer), own_token_ids(folder)
     except UserError:
         raise
     except Exception as error:  # what transformers and tokenizers raise is not documented
-        raise UserError(f"{flag}: {folder} is no tokenizer that works: {first_line(error)}") from error
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:6])
+        what = "is no tokenizer that works" if in_one_file.is_file() else f"has no {in_one_file.name}, and what it has makes no tokenizer"
+        raise UserError(f"{flag}: {folder} {what} ({found}): {first_line(error)}: download the folder again") from error
     if own is None:
         unchecked = f"{folder} has no tokenizer.json, without which its tokens cannot be checked"
         if not of_any_kind:
@@ -72,8 +79,35 @@ def load_tokenizer(folder: Path, tokenizer_class: Any, flag: str, *, of_any_kind
         warn(unchecked)
     for text, found, right in zip(PROBE, ids, own or ids, strict=True):
         if found != right:
-            raise UserError(f"{flag}: {folder} is read wrongly: for {text!r} its own files give the tokens {right}, but this has {found}")
+            place = next((i for i, pair in enumerate(zip(found, right)) if pair[0] != pair[1]), min(len(found), len(right)))
+            raise UserError(
+                f"{flag}: {folder} is read wrongly: for {text!r} its own files give the tokens {_around(right, place)}, but this has "
+                f"{_around(found, place)}: its {' and '.join(_settings_of(folder))} may be of another model: download the folder again"
+            )
     return tokenizer
+
+
+def _around(ids: list[int], place: int) -> str:
+    """The ids at the first difference, and where that is."""
+    return f"{ids[max(place - 2, 0) : place + 3]} around place {place}"
+
+
+def _settings_of(folder: Path) -> list[str]:
+    names = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+    return [name for name in names if (folder / name).is_file()] or ["files"]
+
+
+def check_tokenizer(folder: Path, encoder: Path, flag: str) -> None:
+    """UserError unless the tokenizer in `folder` works, and its vocabulary is that of the text encoder whose folder is `encoder`.
+
+    An encoder's may be somewhat larger, filled up to a multiple of 64 or 128.
+    """
+    known = max(load_tokenizer(folder, AutoTokenizer, flag).get_vocab().values()) + 1
+    size = json.loads((encoder / "config.json").read_bytes())["vocab_size"]
+    if not 0.9 * size <= known <= size:
+        raise UserError(
+            f"{flag}: {folder} knows {known} tokens, but {encoder} has {size}: it is another encoder's tokenizer: download the folder again"
+        )
 
 
 def token_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
