@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -50,12 +51,16 @@ def listens_for_interrupts(pid: int) -> bool:
     return bool(caught >> signal.SIGINT - 1 & 1)
 
 
+def note(when: float, rank: int, code: int) -> None:
+    if LOGS:
+        Path(LOGS, f"failed.{os.environ['NODE_RANK']}").write_text(f"{when} {rank} {code}\n")
+
+
 def first_failure(failed: ChildFailedError) -> int:
     """Exit code of the process that failed first; says which one it was, unless that has said enough by itself."""
     rank, failure = failed.get_first_failure()
     code = failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
-    if LOGS:
-        Path(LOGS, f"failed.{os.environ['NODE_RANK']}").write_text(f"{failure.timestamp} {rank} {code}\n")
+    note(failure.timestamp, rank, code)
     if failure.exitcode < 0:
         memory = ", as by the system when memory runs out" * (failure.exitcode == -signal.SIGKILL)
         how = f"was ended by {signal.Signals(-failure.exitcode).name}{memory}"
@@ -86,6 +91,7 @@ def main() -> int:
         return 128 + received[0]
     except (DistError, ValueError) as error:  # of the address, the port, or the number of processes
         print(f"error: the processes cannot be started: {str(error).splitlines()[0]}", file=sys.stderr)
+        note(time.time(), int(os.environ.get("NODE_RANK", 0)) * int(os.environ.get("GPUS", 1)), 1)
         return 1
     return 0
 
