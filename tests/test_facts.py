@@ -33,10 +33,11 @@ def test_the_script_has_the_same_sampling_settings(name):
     defaults = {field.name: field.default for field in fields(module.Args)}
     for setting, (_, default) in facts.sampling.items():
         if setting == "max_sequence_length":  # of preprocessing
-            assert facts.cached["prompt_embeds"][0] == default
+            assert facts.cached["prompt_embeds"][0] == facts.text_before + default
         elif default is not None:
             assert defaults[setting] == default, setting
-    for size in facts.full_size.values():
+    for key, size in facts.full_size.items():
+        assert key.startswith(name), "pytest -k NAME finds its tests by it"
         given = defaults | size.flags
         frames = given.get("num_frames", 1)
         assert size.media == (3, *([frames] if frames > 1 else []), given["height"], given["width"])

@@ -5,11 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import REPOSITORY, tiny_model
 
 import train_grpo_flux
 from fastvideo.embeddings.prompts import shuffled_prompts
 from fastvideo.errors import UserError
+from fastvideo.models.families import FAMILIES
 from fastvideo.parallel.distributed import keyed_generator
 from fastvideo.runs.guards import check_ratio
 from train_grpo_flux import best_of_n, group_advantages, grpo_loss, reference_kl, sde_step, select_timesteps
@@ -105,12 +106,12 @@ def test_reference_kl_is_that_of_the_gaussians():
     assert reference_kl(transitions, schedule, u_ref, 0.3) == 0
 
 
-@pytest.mark.parametrize("name", ["flux", "sd", "hunyuan", "skyreels", "wan"])
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_last_transition_is_never_stochastic(name):
     """What it adds would not reach what is decoded."""
     script, folders = importlib.import_module(f"train_grpo_{name}"), {"embeddings": REPOSITORY, "output_dir": REPOSITORY}
     flags = {
-        "model": REPOSITORY / "shapes" / "models" / name,
+        "model": tiny_model(name),
         **folders,
         "rewards": ("aesthetic",),
         "sampling_steps": 7,

@@ -38,7 +38,7 @@ class Family:
     such argument), and training's default (None: the sample_size of the VAE).
     cached: shapes of a prompt's embeddings, as published. parameters: of the published network. full_size: by the names of the benchmarks.
     parallelize: the module of fastvideo/parallel/networks that shares a sample's tokens; None: they are not shared.
-    length_limit: the tokenizer whose model_max_length bounds max_sequence_length.
+    length_limit: the tokenizer whose model_max_length bounds max_sequence_length. text_before: tokens in front of those that it counts.
     channels: how many of the VAE's latents the network is given, as a factor. packed: it predicts as many, 2 x 2 latents as one token.
     from_images: a prompt has a first frame.
     """
@@ -55,6 +55,7 @@ class Family:
     full_size: dict[str, Size]
     parallelize: str | None = None
     length_limit: str = "tokenizer"
+    text_before: int = 0
     channels: int = 1
     packed: bool = False
     from_images: bool = False

@@ -1,4 +1,7 @@
-"""Text encoders that several models have."""
+"""Text encoders that several models have.
+
+One may be made from another: `Part(class, CLIP_L.published | {...}, CLIP_L.tiny | {...}, CLIP_L.tokenizer)`.
+"""
 
 from fastvideo.models.families.family import Part
 
