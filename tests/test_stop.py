@@ -6,6 +6,7 @@ import os
 import pty
 import signal
 import subprocess
+import sys
 import termios
 import time
 from pathlib import Path
@@ -236,3 +237,14 @@ def test_settings_of_the_launch_scripts(tmp_path, gpus, threads):
     assert settings["OMP_NUM_THREADS"] == str(threads)
     assert settings["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
     assert settings["TORCH_FR_BUFFER_SIZE"] == "2000" and settings["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+
+
+@pytest.mark.slow
+def test_a_mistyped_flag_is_told(tmp_path):
+    """By rank 0, also where another process has found it first and would end all."""
+    words = ["scripts/launch.py", "--standalone", "--nproc_per_node", "3", TRAIN, "--no_such_flag", "1"]
+    for _ in range(2):
+        result = subprocess.run(
+            [sys.executable, *words], env=os.environ | ENVIRONMENT, cwd=REPOSITORY, capture_output=True, text=True, timeout=60, check=False
+        )
+        assert result.returncode == 2 and "no_such_flag" in result.stderr, result.stderr

@@ -7,8 +7,11 @@ import io
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import NoReturn
+
+from fastvideo.errors import launch_rank
 
 
 class _Lasting(io.FileIO):
@@ -52,6 +55,8 @@ def end_with(function: Callable[[], int]) -> NoReturn:
         code = left.code if isinstance(left.code, int) else int(left.code is not None)
         if code and not isinstance(left.code, int):
             print(left.code, file=sys.stderr)
+        if code == 2 and launch_rank() != 0:  # a mistake on the command line, of all: rank 0 tells it, unless the launcher ends it before
+            time.sleep(60)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
