@@ -24,7 +24,7 @@ RECORDED = """
 import os, time
 import train_grpo_flux
 from fastvideo.parallel import distributed, zero
-from fastvideo.runs import checkpoint
+from fastvideo.runs import checkpoint, tracking
 
 progress = open("PROGRESS", "a", buffering=1) if distributed.launch_rank() == 0 else open(os.devnull, "w")
 phase = None
@@ -47,7 +47,7 @@ recorded(train_grpo_flux, "rollout", "rollout")
 recorded(train_grpo_flux, "score_transitions", "update")
 recorded(checkpoint, "save", "save")
 recorded(checkpoint, "export", "export")
-recorded(train_grpo_flux.tracking, "plot_rewards", "end")
+recorded(tracking, "plot_rewards", "end")
 distributed.run(train_grpo_flux.main)
 """
 PHASES = ("start", "rollout", "update", "save", "export")

@@ -188,14 +188,14 @@ def test_help_shows_the_flags_in_groups(script, monkeypatch, capsys):
 def launched(shell_script: Path) -> tuple[Path, list[str]]:
     """The Python script that a shell script launches, and the words after it; variables without a default become a word."""
     text = re.sub(r"\\\n", " ", shell_script.read_text())
-    command = next(line for line in text.splitlines() if line.startswith("exec python "))
+    command = next(line for line in text.splitlines() if re.match(r'(exec|attend) python "?\S*launch\.py', line))
     if rewards := re.search(r"^rewards=\((.*)\)$", text, re.MULTILINE):
         command = command.replace('"${rewards[@]}"', rewards[1])
     command = command.replace('"$@"', "").replace("$repository", str(REPOSITORY)).replace("$MODEL", "x")
     command = re.sub(r"\$\{\w+:-(\d*)\}", lambda found: found[1] or "x", command)
     command = re.sub(r"\$(PROMPTS|OUTPUT_DIR|EMBEDDINGS)", "x.jsonl", command)
     words = shlex.split(command)
-    assert words[2] == str(REPOSITORY / "scripts" / "launch.py")
+    assert REPOSITORY / words[2] == REPOSITORY / "scripts" / "launch.py"
     place = next(i for i, word in enumerate(words) if word.endswith(".py") and i > 2)
     return Path(words[place]), words[place + 1 :]
 
