@@ -50,7 +50,9 @@ def check_model(folder: str | Path, family: str | None = None, use: Use = "evalu
     kind = FAMILIES[family]
     if pipeline != kind.pipeline:
         elsewhere = f": see train_grpo_{known[pipeline]}.py" if pipeline in known else ""
-        if (family, known.get(pipeline)) == ("skyreels", "hunyuan"):
+        config = folder / "transformer" / "config.json"
+        channels = _settings(config, flag).get("in_channels") if config.is_file() else None
+        if family == "skyreels" and channels == 32:  # its own transformer: this is not all HunyuanVideo
             elsewhere = f": name it there, by the sed command of {SKYREELS}"
         raise UserError(f"{flag} {folder} is a {pipeline} by its model_index.json, not the {kind.pipeline} that is needed here{elsewhere}")
     known_parts = HARMLESS | kind.parts("evaluation").keys()
