@@ -400,8 +400,8 @@ def draw_prompts(run: Run) -> dict[int, int]:
 
 def draw_steps(samples: list[tuple], run: Run) -> Tensor:
     """Which transitions of each sample are trained, (len(samples), K)."""
-    steps, generators = run.args.stochastic_steps, run.generators("timesteps", samples)
-    return steps.start + select_timesteps(generators, len(steps), run.args.timestep_fraction, run.args.timestep_selection)
+    stochastic, generators = run.args.stochastic_steps, run.generators("timesteps", samples)
+    return stochastic.start + select_timesteps(generators, len(stochastic), run.args.timestep_fraction, run.args.timestep_selection)
 
 
 def sample_groups(samples: list, cond: dict, trained_steps: Tensor, schedule: Schedule, shape: tuple, run: Run) -> dict:
@@ -434,9 +434,9 @@ def score_samples(x0_hat: Tensor, prompts: dict[int, int], vae: nn.Module, run: 
 
 def keep_best(trajectory: dict[str, Tensor], advantages: Tensor, args: Args) -> tuple[dict[str, Tensor], Tensor]:
     """The samples that are trained on: their trajectories, and their advantages flattened from (prompts, G). The others are freed."""
-    kept = best_of_n(advantages, args.kept_generations) + args.num_generations * torch.arange(len(advantages))[:, None]
-    kept, device = kept.flatten(), trajectory["z_t"].device
-    return {name: trajectory.pop(name)[kept.to(device)] for name in list(trajectory)}, advantages.flatten()[kept].to(device)
+    best = best_of_n(advantages, args.kept_generations) + args.num_generations * torch.arange(len(advantages))[:, None]
+    best, device = best.flatten(), trajectory["z_t"].device
+    return {name: trajectory.pop(name)[best.to(device)] for name in list(trajectory)}, advantages.flatten()[best].to(device)
 
 
 def split_into_updates(args: Args, ranks: Ranks) -> list[Tensor]:
@@ -444,10 +444,10 @@ def split_into_updates(args: Args, ranks: Ranks) -> list[Tensor]:
 
     Update u takes samples u, u + N, u + 2 N, ... of every prompt, with all their trained steps.
     """
-    kept, N = args.kept_generations, args.updates_per_iteration
-    samples = torch.arange(args.prompts_per_iteration // ranks.dp_size * kept, device=ranks.device).view(-1, kept)
-    steps = torch.arange(trained_count(len(args.stochastic_steps), args.timestep_fraction), device=ranks.device)
-    return [torch.cartesian_prod(samples[:, u::N].flatten(), steps) for u in range(N)]
+    keep, N = args.kept_generations, args.updates_per_iteration
+    samples = torch.arange(args.prompts_per_iteration // ranks.dp_size * keep, device=ranks.device).view(-1, keep)
+    k = torch.arange(trained_count(len(args.stochastic_steps), args.timestep_fraction), device=ranks.device)
+    return [torch.cartesian_prod(samples[:, u::N].flatten(), k) for u in range(N)]
 
 
 @torch.no_grad()

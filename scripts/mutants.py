@@ -153,7 +153,9 @@ MUTANTS = [
         WIRING,
     ),
     Mutant("window: its start is ignored by sampling", FLUX, "return range(start, start + count)", "return range(count)", WIRING),
-    Mutant("window: its start is ignored by training", FLUX, "return steps.start + select_timesteps(", "return select_timesteps(", WIRING),
+    Mutant(
+        "window: its start is ignored by training", FLUX, "return stochastic.start + select_timesteps(", "return select_timesteps(", WIRING
+    ),
     Mutant(
         "window: the last step is stochastic",
         FLUX,
@@ -279,8 +281,8 @@ MUTANTS = [
     Mutant(
         "best of n: others' advantages",
         FLUX,
-        "advantages.flatten()[kept].to(device)",
-        "advantages.flatten()[: len(kept)].to(device)",
+        "advantages.flatten()[best].to(device)",
+        "advantages.flatten()[: len(best)].to(device)",
         WIRING,
     ),
     Mutant("steps: not in order", FLUX, "[:count].sort().values for g", "[:count] for g", WIRING),
