@@ -17,14 +17,14 @@ KINDS = ("single_object", "two_object", "counting", "colors", "position", "color
 
 
 def load_detector(path: None, device: torch.device) -> Detector:
-    """The checker's objects, without those whose shape it does not recognise. A box is that of the ideal shape of the same place and area.
+    """The checker's objects whose shape and colour it recognises. A box is that of the ideal shape of the same place and area.
 
     The better formed are the more certain, and all are certain enough to be counted: scores are between 0.9 and 1.
     """
 
     def detect(pictures: list[Image.Image]) -> list[list[Detection]]:
         images = np.stack([np.asarray(picture, np.float32) for picture in pictures]).transpose(0, 3, 1, 2) / 255
-        return [[as_detection(one) for one in found if one.shape] for found in find_objects(images)]
+        return [[as_detection(one) for one in found if one.shape and one.colour] for found in find_objects(images)]
 
     detect.classes, detect.colours = set(SHAPES), tuple(COLOURS)
     return detect
@@ -34,7 +34,7 @@ def as_detection(one) -> Detection:
     """Of a `shapes.checker.Detection`."""
     side, up, down = extent(one.shape, np.sqrt(one.area / np.pi))
     box = (one.x - side, one.y - up, one.x + side, one.y + down)
-    return Detection(one.shape, 0.9 + 0.1 * one.overlap, box, colour=one.colour or "")
+    return Detection(one.shape, 0.9 + 0.1 * one.overlap, box, colour=one.colour)
 
 
 def question(kind: str, spec: Spec) -> dict:

@@ -29,7 +29,7 @@ class Detection:
     """An object found in a picture.
 
     name: its class. box: left, top, right, bottom in pixels. mask: (H, W) bool of the whole picture, None if there is none.
-    colour: None where the detector does not judge colours, "" where it does and cannot tell.
+    colour: one of the detector's `colours`, None if it does not judge them.
     """
 
     name: str
