@@ -196,21 +196,18 @@ def test_colours_are_those_whose_captions_are_nearest():
     images = render([Spec(((colour, "circle"), ("yellow", "square"))) for colour in RL_COLOURS], rng)
     names, seen = ColourNames(str(CLIP), CPU), set()
 
-    @torch.no_grad()
+    nearby = defaultdict(list)
+    for colour in COLOURS:
+        for text in (f"a photo of a {colour} circle", f"a photo of a {colour}-colored circle", f"a photo of a {colour} object"):
+            length = model.config.text_config.max_position_embeddings
+            tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            feature = model.get_text_features(**tokens).pooler_output[0].detach()
+            nearby[colour].append(feature / feature.norm())
+
     def by_hand(crop: Image.Image) -> str:
         pixels = torch.from_numpy(np.array(crop.resize((side, side), Image.Resampling.BICUBIC))).permute(2, 0, 1) / 255
-        picture = model.get_image_features(pixel_values=((pixels - mean) / std)[None]).pooler_output
-        nearest = {}
-        for colour in COLOURS:
-            texts = [f"a photo of a {colour} circle", f"a photo of a {colour}-colored circle", f"a photo of a {colour} object"]
-            features = []
-            for text in texts:
-                length = model.config.text_config.max_position_embeddings
-                tokens = tokenizer(text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-                feature = model.get_text_features(**tokens).pooler_output[0]
-                features.append(feature / feature.norm())
-            nearest[colour] = F.cosine_similarity(sum(features)[None], picture).item()
-        return max(nearest, key=nearest.get)
+        seen = model.get_image_features(pixel_values=((pixels - mean) / std)[None]).pooler_output.detach()
+        return max(nearby, key=lambda colour: F.cosine_similarity(sum(nearby[colour])[None], seen).item())
 
     for image in images:
         picture = Image.fromarray((image.transpose(1, 2, 0) * 255).round().astype(np.uint8))
