@@ -1,6 +1,6 @@
-"""Keeps the functions that the training scripts copy from each other equal: `python scripts/sync_copies.py` says which differ.
+"""Keeps what the training scripts copy from each other equal: `python scripts/sync_copies.py` says which functions and classes differ.
 
-A function that is meant to be a copy has a comment above it (above its decorators):
+The scripts are train_grpo_*.py and baselines/*.py. What is meant to be a copy has a comment above it (above its decorators):
 
     # Copied from train_grpo_flux.py
     # Copied from train_grpo_flux.py with transformer->unet, args.shift->args.model
@@ -21,8 +21,8 @@ MARKER = re.compile(r"^# Copied from (?P<script>\w+\.py)(?: with (?P<renames>.+)
 
 
 def functions(source: str) -> dict[str, tuple[int, int]]:
-    """Name -> first line (of the decorators) and last line, counted from 1, of each function at the top level of a script."""
-    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+    """Name -> first line (of the decorators) and last line, counted from 1, of each function and class at the top level of a script."""
+    nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     return {node.name: (min([node.lineno, *(d.lineno for d in node.decorator_list)]), node.end_lineno) for node in nodes}
 
 
@@ -44,7 +44,8 @@ def stale_copies(folder: Path = REPOSITORY, write: bool = False) -> list[str]:
     Two functions are equal if their syntax trees are, docstrings included, after the marker's renames in the original.
     """
     problems = []
-    for path in sorted(folder.glob("train_grpo_*.py")):
+    for path in [*sorted(folder.glob("train_grpo_*.py")), *sorted(folder.glob("baselines/*.py"))]:  # which copy from the former
+        script = path.relative_to(folder)
         lines = path.read_text().splitlines()
         places = functions(path.read_text())
         marked = markers(lines, places)
@@ -52,7 +53,7 @@ def stale_copies(folder: Path = REPOSITORY, write: bool = False) -> list[str]:
             (first, last), marker = places[name], marked[name]
             original = (folder / marker["script"]).read_text()
             if name not in functions(original):
-                problems.append(f"{path.name}: {name} is marked as a copy, but {marker['script']} has no such function")
+                problems.append(f"{script}: {name} is marked as a copy, but {marker['script']} has no such function")
                 continue
             start, end = functions(original)[name]
             wanted = "\n".join(original.splitlines()[start - 1 : end])
@@ -60,7 +61,7 @@ def stale_copies(folder: Path = REPOSITORY, write: bool = False) -> list[str]:
                 wanted = wanted.replace(*rename.split("->"))
             if ast.dump(ast.parse(wanted)) == ast.dump(ast.parse("\n".join(lines[first - 1 : last]))):
                 continue
-            problems.append(f"{path.name}: {name} differs from the one in {marker['script']}")
+            problems.append(f"{script}: {name} differs from the one in {marker['script']}")
             lines[first - 1 : last] = wanted.splitlines()
         if write:
             path.write_text("\n".join(lines) + "\n")
