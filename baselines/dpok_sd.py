@@ -8,8 +8,8 @@ deviation; the ratio is clamped on both sides, so that beyond --clip_range nothi
 the guided noise predictions to the initial model's, which stands for the paper's sum of KL divergences of the transitions without their
 weights 1 / (2 std^2). Samples of a prompt start from different noise, and all stochastic steps are trained.
 
-Left out: the value network, which learns a baseline from the rewards of each prompt and step: with G samples of a prompt at hand the mean of
-their rewards is one already. And the replay buffer of earlier transitions: as in GRPO those of the iteration are trained on, once.
+Left out: the value network, which learns a baseline from the rewards of each prompt and step: with G samples of a prompt at hand the mean
+of their rewards is one already. And the replay buffer of earlier transitions: as in GRPO those of the iteration are trained on, once.
 
 Equation and line numbers are DanceGRPO's. Letters for shapes: B samples in a batch, P prompts, G samples of one prompt (--num_generations),
 T sampling steps, K trained steps of a sample, C latent channels.
