@@ -1,14 +1,10 @@
-"""DDPO with importance sampling for Stable Diffusion, https://arxiv.org/abs/2305.13301, as DanceGRPO's tables compare with it.
+"""DDPO with importance sampling for Stable Diffusion, https://arxiv.org/abs/2305.13301: a baseline of DanceGRPO's. In baselines/README.md.
 
     python baselines/ddpo_sd.py --model shapes/models/sd --embeddings CACHE --output_dir RUN --rewards aesthetic --height 32 --width 32
     torchrun --standalone --nproc_per_node 8 baselines/ddpo_sd.py --model SD_V1.4 --embeddings CACHE --output_dir RUN --rewards R
 
-train_grpo_sd.py with three changes: advantages are normalised over the whole batch instead of within each prompt (the authors' optional
-statistics of each prompt are off, as DanceGRPO's appendix D has it), a prompt's samples start from different noise, and all stochastic
-steps are trained.
-
-Equation and line numbers are DanceGRPO's. Letters for shapes: B samples in a batch, P prompts, G samples of one prompt (--num_generations),
-T sampling steps, K trained steps of a sample, C latent channels.
+train_grpo_sd.py with advantages over the whole batch, not each prompt, separate noise for each sample, and all stochastic steps trained.
+Letters for shapes: B samples in a batch, P prompts, G samples of one prompt, T sampling steps, K trained steps, C latent channels.
 """
 
 import math
@@ -34,8 +30,8 @@ from fastvideo.parallel.distributed import Ranks, keyed_generator
 from fastvideo.rewards import score
 from fastvideo.runs.run import Run, RunFlags, parse
 
+# Copied from train_grpo_sd.py
 # 1. Arguments =========================================================================================================
-# Copied from train_grpo_sd.py with Algorithm 1.->DDPO-IS., the group->no group, = True->= False, = 0.6->= 1.0
 
 
 @dataclass(kw_only=True)
@@ -56,6 +52,7 @@ class ModelFlags:
     """Picture width in pixels."""
 
 
+# Copied from train_grpo_sd.py with Algorithm 1.->DDPO-IS., the group->no group, = True->= False, = 0.6->= 1.0
 @dataclass(kw_only=True)
 class AlgorithmFlags:
     """DDPO-IS."""
@@ -117,7 +114,6 @@ class Args(ModelFlags, AlgorithmFlags, RunFlags):
 
 
 # 2. Sampler ===========================================================================================================
-# Copied from train_grpo_sd.py
 
 
 class Schedule(NamedTuple):
@@ -182,7 +178,6 @@ def sde_step(
 
 
 # 3. Model =============================================================================================================
-# Copied from train_grpo_sd.py
 
 
 def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[UNet2DConditionModel, AutoencoderKL]:
@@ -234,7 +229,6 @@ def decode(vae: AutoencoderKL, x0_hat: Tensor, args: Args) -> Tensor:
 
 
 # 4. Rollout ===========================================================================================================
-# Copied from train_grpo_sd.py
 
 
 @torch.no_grad()
@@ -263,21 +257,16 @@ def rollout(
 
 
 # 5. Advantages ========================================================================================================
-# Copied from train_grpo_sd.py
 
 
 # Own
 def batch_advantages(rewards: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """Each reward normalised over all samples of the iteration, whatever their prompts, then the weighted sum.
-
-    rewards: name -> (P, G). Returns (P, G) float32. A reward that is the same for all samples gets exactly zero.
-    """
+    """Each reward normalised over all samples of the iteration, then the weighted sum: name -> (P, G) to (P, G). Equal rewards get zero."""
     total = 0
     for name, weight in weights.items():
         values = rewards[name].double()
         deviations = (values - values.mean()) / (values.std() + 1e-8)
-        equal = values.amax() == values.amin()  # not std == 0: the mean of equal numbers is rounded
-        total = total + weight * deviations.masked_fill(equal, 0)
+        total = total + weight * deviations.masked_fill(values.amax() == values.amin(), 0)
     return total.float()
 
 
@@ -308,7 +297,6 @@ def trained_count(num_steps: int, fraction: float) -> int:
 
 
 # 6. Loss ==============================================================================================================
-# Copied from train_grpo_sd.py
 
 
 def grpo_loss(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor, clip_range: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -353,9 +341,9 @@ def reference_kl(transitions: dict, schedule: Schedule, eps_hat: Tensor, noise_l
 
 
 # 7. Algorithm 1 =======================================================================================================
+
+
 # Copied from train_grpo_sd.py with group_advantages->batch_advantages, within each prompt's group->over the whole batch
-
-
 def main() -> None:
     args = parse(Args, __doc__)
     run = Run(args, "sd", __file__, 1)

@@ -38,8 +38,8 @@ from fastvideo.parallel.distributed import Ranks, keyed_generator
 from fastvideo.rewards import score
 from fastvideo.runs.run import Run, RunFlags, parse
 
+# Copied from train_grpo_sd.py
 # 1. Arguments =========================================================================================================
-# Copied from train_grpo_sd.py with advantage_clip->reward_scale
 
 
 @dataclass(kw_only=True)
@@ -89,6 +89,7 @@ class AlgorithmFlags:
     """Where the ratio's denominator comes from: the rollout, or one more pass in the update's own batches."""
 
 
+# Copied from train_grpo_sd.py with advantage_clip->reward_scale
 @dataclass(kw_only=True)
 class Args(ModelFlags, AlgorithmFlags, RunFlags):
     def __post_init__(self) -> None:
@@ -122,7 +123,6 @@ class Args(ModelFlags, AlgorithmFlags, RunFlags):
 
 
 # 2. Sampler ===========================================================================================================
-# Copied from train_grpo_sd.py
 
 
 class Schedule(NamedTuple):
@@ -187,7 +187,6 @@ def sde_step(
 
 
 # 3. Model =============================================================================================================
-# Copied from train_grpo_sd.py
 
 
 def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[UNet2DConditionModel, AutoencoderKL]:
@@ -239,7 +238,6 @@ def decode(vae: AutoencoderKL, x0_hat: Tensor, args: Args) -> Tensor:
 
 
 # 4. Rollout ===========================================================================================================
-# Copied from train_grpo_sd.py
 
 
 @torch.no_grad()
@@ -268,7 +266,6 @@ def rollout(
 
 
 # 5. Advantages ========================================================================================================
-# Copied from train_grpo_sd.py
 
 
 # Own
@@ -304,7 +301,6 @@ def trained_count(num_steps: int, fraction: float) -> int:
 
 
 # 6. Loss ==============================================================================================================
-# Copied from train_grpo_sd.py
 
 
 # Own
@@ -346,7 +342,6 @@ def reference_kl(eps_hat: Tensor, eps_ref: Tensor) -> Tensor:
 
 
 # 7. Algorithm 1 =======================================================================================================
-# Copied from train_grpo_sd.py
 
 
 # Own

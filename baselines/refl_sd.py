@@ -37,8 +37,8 @@ from fastvideo.parallel.distributed import Ranks, keyed_generator
 from fastvideo.rewards import score
 from fastvideo.runs.run import Run, RunFlags, parse
 
-# 1. Arguments =========================================================================================================
 # Copied from train_grpo_sd.py
+# 1. Arguments =========================================================================================================
 
 
 @dataclass(kw_only=True)
@@ -101,7 +101,6 @@ class Args(ModelFlags, AlgorithmFlags, RunFlags):
 
 
 # 2. Sampler ===========================================================================================================
-# Copied from train_grpo_sd.py
 
 
 class Schedule(NamedTuple):
@@ -166,7 +165,6 @@ def sde_step(
 
 
 # 3. Model =============================================================================================================
-# Copied from train_grpo_sd.py
 
 
 def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[UNet2DConditionModel, AutoencoderKL]:
@@ -218,7 +216,6 @@ def decode(vae: AutoencoderKL, x0_hat: Tensor, args: Args) -> Tensor:
 
 
 # 4. Rollout ===========================================================================================================
-# Copied from train_grpo_sd.py
 
 
 # Own
@@ -247,6 +244,7 @@ def rollout(
 # 5. Rewards ===========================================================================================================
 
 
+# Own
 def weighted_rewards(media: Tensor, rows: list[dict], run: Run) -> Tensor:
     """The weighted sum of the rewards that are trained on, (B,), with a gradient to media. Raises UserError for one that has none."""
     scores = score({name: run.rewards[name] for name in run.weights}, media, rows, with_gradient=True)
@@ -256,19 +254,20 @@ def weighted_rewards(media: Tensor, rows: list[dict], run: Run) -> Tensor:
 # 6. Loss ==============================================================================================================
 
 
+# Own
 def refl_loss(rewards: Tensor, hinge: float) -> tuple[Tensor, dict[str, Tensor]]:
     """max(0, hinge - reward), mean over the batch. rewards: (B,). Returns the loss and what is logged."""
     loss = (hinge - rewards).relu().mean()
     return loss, {"loss": loss.detach(), "one_step_reward": rewards.detach().mean()}
 
 
-# Copied from train_grpo_sd.py
 def pick(trajectory: dict, cond: dict, sample: Tensor, k: Tensor, num_generations: int) -> tuple[dict, dict]:
     """Transitions of a process's trajectories {name: (samples, K, ...)} at sample (B,), k (B,), and what their prompts condition on."""
     transitions = {name: tensor[sample, k] for name, tensor in trajectory.items()}
     return transitions, {name: tensor[sample // num_generations] for name, tensor in cond.items()}
 
 
+# Own
 def predict_x0(unet: nn.Module, transitions: dict, cond: dict, schedule: Schedule) -> Tensor:
     """x0_hat (B, C, H, W), the prediction of the clean latents at transitions as `rollout` keeps them, each tensor (B, ...)."""
     z_t, step = transitions["z_t"], transitions["step"]
@@ -277,7 +276,6 @@ def predict_x0(unet: nn.Module, transitions: dict, cond: dict, schedule: Schedul
 
 
 # 7. Algorithm 1 =======================================================================================================
-# Copied from train_grpo_sd.py
 
 
 # Own

@@ -5,9 +5,9 @@ The scripts are train_grpo_*.py and baselines/*.py. What is meant to be a copy h
     # Copied from train_grpo_flux.py
     # Copied from train_grpo_flux.py with transformer->unet, args.shift->args.model
 
-Under the banner of a section the comment is for all functions of the section. Change a function in the named script, then run
-`python scripts/sync_copies.py --write` to carry the change to every copy. To let a copy go its own way, delete the comment; in a section
-that has one, write `# Own` above the function.
+Under the banner of a section the comment is for the whole section, and above the first banner for the whole script. Change a function in
+the named script, then run `python scripts/sync_copies.py --write` to carry the change to every copy. To let a copy go its own way, delete
+the comment; in a section or script that has one, write `# Own` above the function.
 """
 
 import ast
@@ -27,12 +27,13 @@ def functions(source: str) -> dict[str, tuple[int, int]]:
 
 
 def markers(lines: list[str], places: dict[str, tuple[int, int]]) -> dict[str, re.Match]:
-    """Of each function that is meant to be a copy, the comment that says so: its own, or its section's."""
+    """Of each function that is meant to be a copy, the comment that says so: its own, or its section's, or its script's."""
     banners = {number: MARKER.match(lines[number + 1]) for number, line in enumerate(lines[:-1]) if BANNER.match(line)}
+    whole = next((marker for line in lines[: min(banners, default=0)] if (marker := MARKER.match(line))), None)
     found = {}
     for name, (first, _) in places.items():
         section = max((number for number in banners if number < first), default=None)
-        marker = MARKER.match(lines[first - 2]) or (banners.get(section) if lines[first - 2] != "# Own" else None)
+        marker = MARKER.match(lines[first - 2]) or (banners.get(section) or whole if lines[first - 2] != "# Own" else None)
         if marker:
             found[name] = marker
     return found
