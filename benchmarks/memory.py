@@ -113,7 +113,7 @@ def measure(module: ModuleType, model: FullSize, args: Any, sp_size: int) -> dic
             def update() -> None:
                 transitions, pair_cond = module.pick(trajectory, cond, pairs, pairs, args.kept_generations)
                 before = memory.alive
-                log_prob, _ = module.score_transitions(network, transitions, pair_cond, schedule, args.noise_level)
+                log_prob, _ = module.score_transitions(network, transitions, pair_cond, schedule)
                 found["saved"] = memory.alive - before
                 module.grpo_loss(log_prob, transitions["old_log_prob"], pairs.float(), args.clip_range)[0].backward()
 

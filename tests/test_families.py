@@ -144,7 +144,7 @@ def test_ratio_is_1_before_the_first_update(policy, family, rollout_batch_size, 
     deviations = []
     for sample, slot in zip(samples.split(micro_batch_size), slots.split(micro_batch_size)):
         transitions, pair_cond = module.pick(trajectory, cond, sample, slot, 1)
-        log_prob, _ = module.score_transitions(transformer, transitions, pair_cond, schedule, args.noise_level)
+        log_prob, _ = module.score_transitions(transformer, transitions, pair_cond, schedule)
         assert log_prob.requires_grad
         deviations.append((log_prob - transitions["old_log_prob"]).exp().sub(1).abs().max().item())
     assert max(deviations) < 1e-6

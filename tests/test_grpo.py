@@ -75,13 +75,13 @@ def test_loss_is_the_clipped_objective():
 def test_old_log_probs_are_computed_again_in_the_updates_own_batches(monkeypatch):
     sizes, policy = [], torch.nn.Identity()
 
-    def score_transitions(network, transitions, cond, schedule, noise_level):
+    def score_transitions(network, transitions, cond, schedule):
         assert network is policy and cond["prompt"].tolist() == [10 * int(z_t[0] // 2) for z_t in transitions["z_t"]]
         sizes.append(len(transitions["z_t"]))
         return transitions["z_t"].sum(1), None
 
     monkeypatch.setattr(train_grpo_flux, "score_transitions", score_transitions)
-    args = SimpleNamespace(old_log_prob="rollout", micro_batch_size=3, kept_generations=2, noise_level=0.3)
+    args = SimpleNamespace(old_log_prob="rollout", micro_batch_size=3, kept_generations=2)
     run = SimpleNamespace(args=args, policy=policy, reference=None)
     z_t = torch.stack([torch.arange(4.0)[:, None].expand(4, 3), torch.rand(4, 3)], dim=-1)  # of 2 prompts with 2 samples with 3 steps
     trajectory, cond = {"z_t": z_t, "old_log_prob": torch.zeros(4, 3)}, {"prompt": torch.tensor([0, 10])}
@@ -97,13 +97,13 @@ def test_old_log_probs_are_computed_again_in_the_updates_own_batches(monkeypatch
 def test_reference_kl_is_that_of_the_gaussians():
     z_t, u, u_ref = torch.randn(3, 2, 4, 5, dtype=torch.float64).unbind()
     schedule = torch.tensor([1.0, 0.9, 0.8, 0.4, 0.3]).double()
-    t, s = schedule[[1, 3]], schedule[[2, 4]]
-    means = [sde_step(z_t, v, t, s, 0.3, noise=torch.zeros_like(z_t))[0] for v in (u, u_ref)]
-    std = (0.3 * (t - s).sqrt()).view(2, 1, 1)
+    t, s, levels = schedule[[1, 3]], schedule[[2, 4]], torch.tensor([0.3, 0.9]).double()
+    means = [sde_step(z_t, v, t, s, levels)[0] for v in (u, u_ref)]
+    std = (levels * (t - s).sqrt()).view(2, 1, 1)
     expected = torch.distributions.kl_divergence(*(torch.distributions.Normal(mean, std) for mean in means)).mean()
-    transitions = {"z_t": z_t, "step": torch.tensor([1, 3]), "u_ref": u_ref}
-    torch.testing.assert_close(reference_kl(transitions, schedule, u, 0.3), expected)
-    assert reference_kl(transitions, schedule, u_ref, 0.3) == 0
+    transitions = {"z_t": z_t, "step": torch.tensor([1, 3]), "noise_level": levels, "u_ref": u_ref}
+    torch.testing.assert_close(reference_kl(transitions, schedule, u), expected)
+    assert reference_kl(transitions, schedule, u_ref) == 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)

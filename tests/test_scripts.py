@@ -27,7 +27,7 @@ SCRIPTS = [*TRAINING_SCRIPTS, EVALUATE, *sorted((REPOSITORY / "preprocess").glob
 LAUNCHERS = [*sorted((REPOSITORY / "scripts").glob("train_*.sh")), *sorted((REPOSITORY / "scripts").glob("preprocess_*.sh"))]
 SECTIONS = ["1. Arguments", "2. Sampler", "3. Model", "4. Rollout", "5. Advantages", "6. Loss", "7. Algorithm 1"]
 FUNCTIONS = {
-    "2. Sampler": ["time_schedule", "sde_step"],
+    "2. Sampler": ["time_schedule", "noise_levels", "sde_step"],
     "3. Model": ["load_models", "latent_shape", "load_cond", "predict", "decode"],
     "4. Rollout": ["rollout"],
     "5. Advantages": ["group_advantages", "best_of_n", "select_timesteps", "trained_count"],
@@ -48,8 +48,8 @@ FUNCTIONS = {
 # fmt: off
 SHARED_FLAGS = {
     "model", "embeddings", "output_dir", "iterations", "seed", "prompts_per_iteration", "num_generations", "updates_per_iteration",
-    "sampling_steps", "noise_level", "timestep_fraction", "timestep_selection", "shared_noise", "clip_range", "advantage_clip",
-    "best_of_n", "rewards", "reward_weights", "held_out_rewards", "learning_rate",
+    "sampling_steps", "noise_level", "noise_schedule", "timestep_fraction", "timestep_selection", "shared_noise", "clip_range",
+    "advantage_clip", "best_of_n", "rewards", "reward_weights", "held_out_rewards", "learning_rate",
     "weight_decay", "max_grad_norm", "lr_warmup_steps", "ema_decay",
     "kl_weight", "lora_rank", "old_log_prob", "zero_stage", "offload", "dtype", "attention", "gradient_checkpointing", "height",
     "width", "rollout_batch_size", "micro_batch_size", "gather_for_rollout", "timeout_minutes", "resume", "checkpoint_every",

@@ -48,9 +48,8 @@ def test_ratio_is_1_before_the_first_update(policy, rollout_batch_size, micro_ba
     deviations = []
     for i, k in zip(sample.split(micro_batch_size), slot.split(micro_batch_size)):
         transitions = {name: tensor[i, k] for name, tensor in trajectory.items()}
-        log_prob, _ = train_grpo_flux.score_transitions(
-            transformer, transitions, {name: tensor[i] for name, tensor in cond.items()}, schedule, args.noise_level
-        )
+        sample_cond = {name: tensor[i] for name, tensor in cond.items()}
+        log_prob, _ = train_grpo_flux.score_transitions(transformer, transitions, sample_cond, schedule)
         assert log_prob.requires_grad
         deviations.append((log_prob - transitions["old_log_prob"]).exp().sub(1).abs().max().item())
     assert max(deviations) < 1e-6
