@@ -25,6 +25,6 @@ exec python "$repository/scripts/launch.py" "${rendezvous[@]}" --nproc_per_node 
     "$repository/${SCRIPT:-train_grpo_sd.py}" --model "$MODEL" --embeddings "$EMBEDDINGS" \
     "${rewards[@]}" \
     --iterations 300 --prompts_per_iteration 32 --num_generations 12 --updates_per_iteration 1 \
-    --height 512 --width 512 --sampling_steps 50 --noise_level 1.0 --guidance_scale 5 --timestep_fraction 0.6 \
-    --learning_rate 1e-5 --clip_range 1e-4 --ema_decay 0.995 \
+    --height 512 --width 512 --sampling_steps 50 --noise_level 1.0 --guidance_scale 5 \
+    --learning_rate 1e-5 --ema_decay 0.995 \
     --zero_stage 1 --rollout_batch_size 8 --micro_batch_size 8 --checkpoint_every 50 "$@"

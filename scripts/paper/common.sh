@@ -15,35 +15,38 @@ read -ra seeds <<<"${SEEDS:-0 1 2}"
 RUNS=${RUNS:-runs/paper}
 declare -A trainings=() settings=() # of each run its command; those that occur
 order=() printed=()
+of_pictures=(hpsv2=prompts/hpsv2,weights=models/HPS_v2.1_compressed.pt clip=heldout.txt,model=models/DFN5B-CLIP-ViT-H-14-378
+    pickscore=heldout.txt,model=models/PickScore_v1 geneval=evaluation_metadata.jsonl,detector=models/mask2former)
+of_clips=(videoalign=heldout.txt,model=models/VideoReward visionreward=heldout.txt,server=http://127.0.0.1:8500)
 
 setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who judges, pictures of a held-out prompt; then the paper's own
-    tiny=(--prompts_per_iteration 8 --num_generations 12 --timestep_fraction 0.6 --sampling_steps 8 --ema_decay 0.95 --lr_warmup_steps 5
+    tiny=(--prompts_per_iteration 8 --num_generations 12 --sampling_steps 8 --ema_decay 0.95 --lr_warmup_steps 5
         --zero_stage 1 --height 32 --width 32 --rollout_batch_size 128 --micro_batch_size 64 --checkpoint_every 20 --keep_checkpoints 1)
     flow=(--shift 3 --noise_level 0.7 --updates_per_iteration 4 --learning_rate 1e-4)
     family=$1 prompts=train.txt heldout=heldout.txt judges=(aesthetic clip=shapes/models/clip shapes shapes_strict) pictures=16 full=() size=()
     case $1 in
     sd)
         tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 2e-4 --iterations 40)
-        nodes=1 folder=stable-diffusion-v1-4 benchmarks=(hpsv2 clip pickscore geneval)
+        nodes=1 folder=stable-diffusion-v1-4 benchmarks=("${of_pictures[@]}")
         ;;
     flux)
-        tiny+=("${flow[@]}" --iterations 60)
-        nodes=4 folder=FLUX.1-dev benchmarks=(hpsv2 clip pickscore geneval)
+        tiny+=("${flow[@]}" --learning_rate 2e-4 --iterations 60)
+        nodes=4 folder=FLUX.1-dev benchmarks=("${of_pictures[@]}")
         ;;
     hunyuan_image)
         family=hunyuan
-        tiny+=("${flow[@]}" --num_frames 1 --iterations 60)
-        nodes=4 folder=HunyuanVideo benchmarks=(hpsv2) full=(--num_frames 1 --sp_size 1 --num_generations 12 --best_of_n 0)
+        tiny+=("${flow[@]}" --num_frames 1 --iterations 40)
+        nodes=4 folder=HunyuanVideo benchmarks=("${of_pictures[@]}") full=(--num_frames 1 --sp_size 1 --num_generations 12 --best_of_n 0)
         ;;
     hunyuan)
         prompts=video_train.txt heldout=video_heldout.txt judges=(visual motion shapes shapes_strict) pictures=8
         tiny+=("${flow[@]}" --num_frames 9 --learning_rate 2e-4 --iterations 40)
-        nodes=8 folder=HunyuanVideo benchmarks=(videoalign visionreward)
+        nodes=8 folder=HunyuanVideo benchmarks=("${of_clips[@]}")
         ;;
     skyreels)
         prompts=i2v_train.jsonl heldout=i2v_heldout.jsonl judges=(motion fidelity visual shapes) pictures=8 size=(--height 32 --width 32)
         tiny+=("${flow[@]}" --num_frames 9 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 3e-4 --iterations 30)
-        nodes=4 folder=SkyReels-V1-I2V benchmarks=(videoalign)
+        nodes=4 folder=SkyReels-V1-I2V benchmarks=(videoalign=frames/heldout.jsonl,model=models/VideoReward)
         ;;
     *) fail "unknown setting '$1'" ;;
     esac
