@@ -192,7 +192,7 @@ def launched(shell_script: Path) -> tuple[Path, list[str]]:
     if rewards := re.search(r"^rewards=\((.*)\)$", text, re.MULTILINE):
         command = command.replace('"${rewards[@]}"', rewards[1])
     command = command.replace('"$@"', "").replace("$repository", str(REPOSITORY)).replace("$MODEL", "x")
-    command = re.sub(r"\$\{\w+:-(\d*)\}", lambda found: found[1] or "x", command)
+    command = re.sub(r"\$\{\w+:-([\w.]*)\}", lambda found: found[1] or "x", command)
     command = re.sub(r"\$(PROMPTS|OUTPUT_DIR|EMBEDDINGS)", "x.jsonl", command)
     words = shlex.split(command)
     assert REPOSITORY / words[2] == REPOSITORY / "scripts" / "launch.py"

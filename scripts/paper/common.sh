@@ -11,7 +11,7 @@
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" requirements.txt
 cd "$repository"
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
-read -ra seeds <<<"${SEEDS:-0 1 2}"
+seeds=${SEEDS:-0 1 2}
 RUNS=${RUNS:-runs/paper}
 declare -A trainings=() settings=() # of each run its command; those that occur
 order=() printed=()
@@ -26,7 +26,7 @@ setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who 
     family=$1 prompts=train.txt heldout=heldout.txt judges=(aesthetic clip=shapes/models/clip shapes shapes_strict) pictures=16 full=() size=()
     case $1 in
     sd)
-        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 2e-4 --iterations 40)
+        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 40)
         nodes=1 folder=stable-diffusion-v1-4 benchmarks=("${of_pictures[@]}")
         ;;
     flux)
@@ -58,9 +58,9 @@ rewards_of() { # WORDS: sets `tiny_rewards` and `real_rewards`, what stands for 
     for word in $1; do
         case $word in
         taste) tiny_rewards+=(aesthetic) real_rewards+=(hpsv2=models/HPS_v2.1_compressed.pt) ;;
-        taste@) tiny_rewards+=(aesthetic@0.65) real_rewards+=(hpsv2=models/HPS_v2.1_compressed.pt@0.28) ;;
+        taste@) tiny_rewards+=(aesthetic.binary@0.65) real_rewards+=(hpsv2.binary=models/HPS_v2.1_compressed.pt@0.28) ;;
         caption) tiny_rewards+=(clip=shapes/models/clip) real_rewards+=(clip=models/DFN5B-CLIP-ViT-H-14-378) ;;
-        caption@) tiny_rewards+=(clip=shapes/models/clip@0.75) real_rewards+=(clip=models/DFN5B-CLIP-ViT-H-14-378@0.39) ;;
+        caption@) tiny_rewards+=(clip.binary=shapes/models/clip@0.75) real_rewards+=(clip.binary=models/DFN5B-CLIP-ViT-H-14-378@0.39) ;;
         visual) tiny_rewards+=(visual) real_rewards+=(videoalign.vq=models/VideoReward) ;;
         motion) tiny_rewards+=(motion) real_rewards+=(videoalign.mq=models/VideoReward) ;;
         esac
@@ -69,20 +69,23 @@ rewards_of() { # WORDS: sets `tiny_rewards` and `real_rewards`, what stands for 
 }
 
 arm() { # SETTING NAME REWARDS [FLAGS...], of both sizes; before it TINY="FLAGS" REAL="FLAGS" of one, SCRIPT=baselines/... for another method
-    local place=$1 name=$2 script method seed run judge held_out=()
+    local place=$1 name=$2 script method seed run command judge held_out=()
     setting "$place"
     rewards_of "$3"
     script=${SCRIPT:-train_grpo_$family.py}
     for judge in "${judges[@]}"; do # each is trained on or watched
         [[ " ${tiny_rewards[*]} " == *" ${judge%%=*}"[\ =]* ]] || held_out+=("$judge")
     done
-    for seed in "${seeds[@]}"; do
+    for seed in $seeds; do
         run=$place/${name}_$seed
-        [[ ! -v trainings[$run] ]] || continue # it is an arm of an earlier experiment too
-        order+=("$run") settings[$place]=1
         # shellcheck disable=SC2086
-        trainings[$run]=$(words python "$script" --model "shapes/models/$family" --embeddings "$RUNS/embeddings/$place" --output_dir "$RUNS/$run" \
+        command=$(words python "$script" --model "shapes/models/$family" --embeddings "$RUNS/embeddings/$place" --output_dir "$RUNS/$run" \
             --seed "$seed" --rewards "${tiny_rewards[@]}" --held_out_rewards "${held_out[@]}" "${tiny[@]}" ${TINY:-} "${@:4}" ${TRAIN:-})
+        if [[ -v trainings[$run] ]]; then # it is an arm of an earlier experiment too
+            [[ ${trainings[$run]} == "$command" ]] || fail "two arms are called $run: ${trainings[$run]}and $command"
+            continue
+        fi
+        order+=("$run") trainings[$run]=$command settings[$place]=1
         method=''
         [[ ! -v SCRIPT ]] || method="SCRIPT=$SCRIPT "
         # shellcheck disable=SC2086

@@ -39,16 +39,29 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Grid:
+    """What a method was tuned over: arms `grid_METHOD_VALUE` for each of its prefixes and each value, judged by `metric`."""
+
+    setting: str
+    metric: str
+    methods: dict[str, str]  # prefix of the arms -> name
+    values: tuple[str, ...]
+    what: str
+
+
+@dataclass(frozen=True)
 class Experiment:
     title: str
     panels: tuple[Panel, ...] = ()
     tables: tuple[Table, ...] = ()
+    grids: tuple[Grid, ...] = ()
     claims: tuple[Claim, ...] = ()
 
 
 TASTE, CAPTION = "reward/aesthetic_mean", "reward/clip_mean"
 PICTURES = ("aesthetic", "clip", "shapes", "shapes_strict")
 TASTE_ARMS = {"taste": "taste", "taste_caption": "taste and caption"}
+RATES = ("5e-5", "1e-4", "2e-4")
 METHODS = {"": "GRPO", "ddpo_": "DDPO", "dpok_": "DPOK", "refl_": "ReFL", "dpo_": "online DPO"}
 
 EXPERIMENTS = {
@@ -89,8 +102,8 @@ EXPERIMENTS = {
     "figure_3a": Experiment(
         "Figure 3 (a): binary rewards",
         panels=(
-            Panel("sd", TASTE, {"taste_binary": "taste above 0.65"}, "Stable Diffusion, taste"),
-            Panel("sd", CAPTION, {"caption_binary": "CLIP score above 0.75"}, "Stable Diffusion, caption"),
+            Panel("sd", "reward/aesthetic.binary_mean", {"taste_binary": "taste above 0.65"}, "Stable Diffusion, taste"),
+            Panel("sd", "reward/clip.binary_mean", {"caption_binary": "CLIP score above 0.75"}, "Stable Diffusion, caption"),
         ),
         claims=(
             Claim("a thresholded HPS score is learned", "sd", "aesthetic", "taste_binary", "base"),
@@ -234,6 +247,10 @@ EXPERIMENTS = {
                 {f"{name}caption": f"{method}, caption" for name, method in METHODS.items()},
                 "CLIP score: base 0.363, GRPO 0.421, DDPO 0.381, ReFL 0.418, DPO 0.367",
             ),
+        ),
+        grids=tuple(
+            Grid("sd", f"end {metric}", {f"{name}{arm}": method for name, method in METHODS.items()}, RATES, f"learning rate, {arm}")
+            for arm, metric in (("taste", TASTE), ("caption", CAPTION))
         ),
         claims=tuple(
             Claim(f"GRPO is better than {METHODS[name]} by {reward}", "sd", metric, arm, f"{name}{arm}")

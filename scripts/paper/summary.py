@@ -15,7 +15,7 @@ import warnings
 from pathlib import Path
 
 import numpy as np
-from experiments import EXPERIMENTS, Claim, Panel, Table
+from experiments import EXPERIMENTS, Claim, Grid, Panel, Table
 from scipy import stats
 
 from fastvideo.runs.tracking import read_metrics
@@ -121,6 +121,18 @@ def table_lines(table: Table, results: Results) -> list[str]:
     return [*lines, "", *([f"The paper: {table.paper}.", ""] if table.paper else [])]
 
 
+def grid_lines(grid: Grid, results: Results) -> list[str]:
+    """One run each; the best of a row in bold."""
+    lines = [f"| {grid.what} | {' | '.join(grid.values)} |", "| --- |" + " --- |" * len(grid.values)]
+    for prefix, method in grid.methods.items():
+        cells = [results.values(grid.setting, f"grid_{prefix}_{value}", grid.metric) for value in grid.values]
+        if all(cell.size for cell in cells):
+            best = max(cell.mean() for cell in cells)
+            texts = [f"**{cell.mean():.3f}**" if cell.mean() == best else f"{cell.mean():.3f}" for cell in cells]
+            lines.append(f"| {method} | {' | '.join(texts)} |")
+    return [*lines, ""] if len(lines) > 2 else []
+
+
 def claim_lines(claims: tuple[Claim, ...], results: Results) -> list[str]:
     lines = ["| the paper | here: difference and its 95 % interval | |", "| --- | --- | --- |"]
     for claim in claims:
@@ -148,6 +160,8 @@ def main() -> None:
             lines += [f"![{experiment.title}](images/paper_{name}.png)", ""]
         for table in experiment.tables:
             lines += table_lines(table, results)
+        for grid in experiment.grids:
+            lines += grid_lines(grid, results)
         blocks[name] = "\n".join([*lines, *claim_lines(experiment.claims, results)])
     text = "\n".join(f"## {EXPERIMENTS[name].title}\n\n{block}" for name, block in blocks.items())
     (folder / "results.md").write_text(text.replace("images/paper_", ""))
