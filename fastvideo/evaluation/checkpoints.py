@@ -42,7 +42,9 @@ def parse_checkpoints(texts: Sequence[str]) -> list[Checkpoint]:
         if not match["path"] or (name is not None and not re.fullmatch(r"\w[\w.-]*", name)):
             raise UserError(f"--checkpoints: {text!r} is not of the form [NAME=]RUN/export, with a NAME of letters, digits, _ . -")
         if name in [BASE, *(checkpoint.name for checkpoint in checkpoints)]:
-            raise UserError(f"--checkpoints: the name {name!r} is given twice" if name != BASE else f"--checkpoints: {BASE!r} is --model's name")
+            raise UserError(
+                f"--checkpoints: the name {name!r} is given twice" if name != BASE else f"--checkpoints: {BASE!r} is --model's name"
+            )
         path = Path(match["path"])
         if name is None:
             folder = re.sub(r"[^\w.-]", "_", path.resolve().parent.name) or "run"
@@ -52,7 +54,9 @@ def parse_checkpoints(texts: Sequence[str]) -> list[Checkpoint]:
     return checkpoints
 
 
-def settings_of_runs(checkpoints: Sequence[Checkpoint], known: Iterable[str], given: Iterable[str], rules: dict[str, str]) -> dict[str, Any]:
+def settings_of_runs(
+    checkpoints: Sequence[Checkpoint], known: Iterable[str], given: Iterable[str], rules: dict[str, str]
+) -> dict[str, Any]:
     """The sampling settings with which the runs were trained, by the name of their flag; none without checkpoints.
 
     known: the settings that the pipeline has. given: the flags that the user gives, of which runs may disagree. rules: of `check_numbers`.

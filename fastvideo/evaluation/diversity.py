@@ -38,7 +38,13 @@ def pixels(media: torch.Tensor) -> np.ndarray:
     return (small * 127.5 + 127.5).round().to(torch.uint8).reshape(len(media), -1).cpu().numpy()
 
 
-def load_clip_features(path: Path, device: torch.device) -> Features:
+def load_features(clip: Path | None, device: torch.device) -> dict[str, Features]:
+    """By measure: those of pixels, and of CLIP if a folder is given."""
+    of_clip = {f"{PREFIX}clip": _load_clip_features(clip, device)} if clip else {}
+    return {f"{PREFIX}pixels": pixels} | of_clip
+
+
+def _load_clip_features(path: Path, device: torch.device) -> Features:
     """CLIP's features of pictures, or the mean of a clip's frames', (B, length), of length 1. path: as the reward `clip` takes it."""
     weights = find_weights(str(path))
     model, _, prepare = load_open_clip("clip", weights) if weights else load_clip_folder("clip", str(path))

@@ -1,7 +1,7 @@
 """From the scores of single pictures to what is reported: means, groups, differences of models, win rates, each with its interval."""
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -25,14 +25,17 @@ class Scored:
     diversity: dict[str, np.ndarray]
 
 
-def scored(records: dict[Job, Record], prompts: int, seeds: int, images_per_prompt: int) -> Scored:
-    """Raises KeyError if a job is missing; `records` may hold more."""
-    jobs = [[Job(seed, prompt, k) for seed in range(seeds) for k in range(images_per_prompt)] for prompt in range(prompts)]
-    first = records[jobs[0][0]]
-    scores = {name: np.array([[records[job].scores[name] for job in part] for part in jobs]) for name in first.scores}
-    measures = first.features if seeds * images_per_prompt > 1 else ()
-    diversity = {name: np.array([mean_distance([records[job].features[name] for job in part]) for part in jobs]) for name in measures}
-    return Scored({name: values.reshape(prompts, seeds, -1) for name, values in scores.items()}, diversity)
+def scored(records: dict[Job, Record], jobs: Sequence[Job]) -> Scored:
+    """Of `jobs`: all of some seeds, prompts and k. Raises KeyError if one is missing; `records` may hold more."""
+    shape = [place + 1 for place in map(max, zip(*jobs))]
+    found = [records[job] for job in sorted(jobs)]
+    scores = {name: np.array([record.scores[name] for record in found]).reshape(shape).swapaxes(0, 1) for name in found[0].scores}
+    pictures = np.arange(len(found)).reshape(shape).swapaxes(0, 1).reshape(shape[1], -1)  # a prompt a row
+    diversity = {
+        name: np.array([mean_distance([found[i].features[name] for i in row]) for row in pictures])
+        for name in (found[0].features if pictures.shape[1] > 1 else ())
+    }
+    return Scored(scores, diversity)
 
 
 def summarise(found: dict[str, dict[str, Scored]], benchmarks: Sequence[Benchmark]) -> dict[str, Any]:
@@ -87,6 +90,5 @@ def _of_seeds(values: np.ndarray, groups: list[str] | None, total: str) -> dict[
 
 def _at_most_1(entry: dict[str, Any]) -> dict[str, Any]:
     """A rate's interval without what no rate can be."""
-    clip: Callable = lambda interval: interval and [max(0.0, interval[0]), min(1.0, interval[1])]
-    groups = {name: part | {"interval": clip(part["interval"])} for name, part in entry["groups"].items()}
-    return entry | {"interval": clip(entry["interval"]), "groups": groups}
+    interval = entry["interval"] and [max(0.0, entry["interval"][0]), min(1.0, entry["interval"][1])]
+    return entry | {"interval": interval} | {"groups": {name: _at_most_1(part) for name, part in entry.get("groups", {}).items()}}

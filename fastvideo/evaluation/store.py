@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 import uuid
 from base64 import b64decode, b64encode
 from collections.abc import Sequence
@@ -13,13 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
-from fastvideo.embeddings.fingerprint import content_digest
 from fastvideo.errors import UserError
 from fastvideo.files import whole_file, writing
-from fastvideo.media import film_strip, read_video, save_video, to_pil
-from fastvideo.rewards import RewardSpec
+from fastvideo.media import save_video, to_pil
 
 FPS = 8  # of clips as files
 
@@ -92,10 +88,10 @@ class Store:
             to_pil(media[None])[0].save(temporary, format="PNG")
 
 
-def open_store(root: Path, title: dict[str, str], key: dict[str, Any]) -> tuple[Path, str]:
+def open_store(root: Path, title: str, key: dict[str, Any]) -> tuple[Path, str]:
     """The folder under `root` for what depends on `key`, made if it is not there; and, in words, why another of its `title` is not it.
 
-    title: the paths and names by which a user knows it, on which nothing depends.
+    title: what the user calls it, on which nothing depends.
     """
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     folder = root / digest[:24]
@@ -107,42 +103,12 @@ def open_store(root: Path, title: dict[str, str], key: dict[str, Any]) -> tuple[
             before = json.loads(other.read_bytes())
             if before["title"] == title:
                 names = [name for name in key if before["key"].get(name) != json.loads(json.dumps(key[name]))]
-                changed = f"not with what {other.parent} has, of other {', '.join(names)}"
+                changed = f"{other.parent} has it with another {' and '.join(names)}"
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(f"{other} is damaged: delete its folder") from error
     with whole_file(folder / "key.json") as temporary:
         temporary.write_text(json.dumps({"title": title, "key": key}, indent=2))
     return folder, changed
-
-
-def rows_digest(rows: Sequence[dict]) -> str:
-    """Of prompts with all their fields, in their order, and with what their images hold, wherever those are."""
-    known = [row | {"image": content_digest(Path(row["image"]))} if "image" in row else row for row in rows]
-    return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-
-def reward_identity(spec: RewardSpec) -> dict[str, Any]:
-    """What its scores depend on, as far as files tell: the contents of its path and its Python file, else what the user wrote."""
-    contents = {name: content_digest(Path(path)) if path and Path(path).exists() else path for name, path in vars(spec).items() if name in ("path", "file")}
-    return {"name": spec.name, "threshold": spec.threshold, "options": spec.options} | contents
-
-
-def as_pictures(paths: Sequence[Path]) -> list[Image.Image]:
-    """Stored pictures, and clips as film strips."""
-    if paths[0].suffix == ".png":
-        return [Image.open(path).convert("RGB") for path in paths]
-    return [film_strip(read_video(path)[None])[0] for path in paths]
-
-
-def copy_media(source: Path, target: Path) -> None:
-    """As a second name of the same file where the file system can, else as a copy."""
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
 
 
 def _pack(values: np.ndarray) -> tuple[str, str]:

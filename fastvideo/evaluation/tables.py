@@ -60,7 +60,7 @@ def each_entry(results: dict[str, Any]) -> Iterator[tuple[str, str, str, dict[st
 
 
 def _single(found: dict[str, dict[str, Scored]], benchmarks: Sequence[Benchmark]) -> list[list[Any]]:
-    """A row a picture: its model, benchmark, place of the prompt, noise seed and k; its scores, empty where a benchmark has no such reward."""
+    """A row a picture: model, benchmark, place of the prompt, noise seed, k, scores (empty for rewards of other benchmarks), prompt."""
     names = list(dict.fromkeys(name for parts in found.values() for part in parts.values() for name in part.scores))
     rows = [["model", "benchmark", "prompt", "seed", "k", *names, "text"]]
     for model, parts in found.items():
@@ -128,7 +128,10 @@ def as_markdown(results: dict[str, Any]) -> str:
     """All tables: of each benchmark one with differences to the base, and one for each other model to which there are differences."""
     models = list(results["scores"])
     lines = ["# Evaluation", "", f"Sampling: {', '.join(f'{name} {value}' for name, value in results['sampling'].items())}.", ""]
-    lines += [f"{INTERVALS}; behind ± is half their width, and ? where there are none. Wins: the share of pictures that score higher than", ""]
+    lines += [
+        f"{INTERVALS}; behind ± is half their width, and ? where there are none. Wins: the share of pictures that score higher than",
+        "",
+    ]
     lines[-2] += " the other model's from the same prompt and noise; equal ones count half."
     for benchmark in results["benchmarks"]:
         lines += [f"## {heading(results, benchmark)}", ""]
