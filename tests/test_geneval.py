@@ -380,7 +380,7 @@ def test_boxes_of_a_folder(yolos):
     from transformers.models.yolos.image_processing_pil_yolos import YolosImageProcessorPil
 
     images = pictures(3, 40, 56)
-    detect = load_detector(str(yolos), CPU, None, 0.3)
+    detect = load_detector(str(yolos), CPU, None, 0, 0.3)
     found = detect(images)
     model, processor = YolosForObjectDetection.from_pretrained(yolos).eval(), YolosImageProcessorPil.from_pretrained(yolos)
     assert detect.classes == {"cat", "dog", "tv"}
@@ -409,7 +409,7 @@ def test_masks_of_a_folder(mask2former):
     from transformers.models.mask2former.image_processing_pil_mask2former import Mask2FormerImageProcessorPil
 
     images = pictures(2, 384, 384)
-    found = load_detector(str(mask2former), CPU, None, 0.0)(images)
+    found = load_detector(str(mask2former), CPU, None, 0, 0.0)(images)
     model = Mask2FormerForUniversalSegmentation.from_pretrained(mask2former).eval()
     processor = Mask2FormerImageProcessorPil.from_pretrained(mask2former)
     with torch.no_grad():
@@ -426,6 +426,23 @@ def test_masks_of_a_folder(mask2former):
             assert same
             rows, columns = np.nonzero(mask.numpy())
             assert same[0].box == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_how_large_pictures_are_shown(mask2former, monkeypatch):
+    """Of 40 x 56 with a shorter side of 60 as 60 x 84, of 40 x 400 no more than 100 wide, 10 x 100; which the processor enlarges to 32s."""
+    from transformers import Mask2FormerForUniversalSegmentation
+
+    seen, forward = [], Mask2FormerForUniversalSegmentation.forward
+
+    def watched(self, pixel_values, pixel_mask):
+        seen.append((tuple(pixel_values.shape[2:]), tuple(pixel_mask[0].any(dim).sum().item() for dim in (1, 0))))
+        return forward(self, pixel_values=pixel_values, pixel_mask=pixel_mask)
+
+    monkeypatch.setattr(Mask2FormerForUniversalSegmentation, "forward", watched)
+    for side, height, width in ((0, 40, 56), (60, 40, 56), (60, 40, 400)):
+        (objects,) = load_detector(str(mask2former), CPU, None, side, 0.0)(pictures(1, height, width))
+        assert objects[0].mask.shape == (height, width)
+    assert seen == [((384, 384), (384, 384)), ((64, 96), (64, 96)), ((32, 128), (32, 128))]
 
 
 def test_masks_are_enlarged_without_the_padding():
@@ -514,7 +531,7 @@ def test_what_cannot_be_loaded(tmp_path, yolos):
         f"geneval={tmp_path}": "can't be read as a detector",
         f"geneval={CLIP}": "can't be read as a detector",
         "geneval=shapes,weights=f": "which only a detector of your own",
-        "geneval=shapes,batch=0": "batch and max_objects of 1 or more, not 0",
+        "geneval=shapes,batch=0": "batch and max_objects of 1 or more and side of 0 or more, not 0, 16, 0",
         f"geneval={yolos},clip=nowhere": "geneval,clip=nowhere: there is no such folder",
     }.items():
         with pytest.raises(UserError, match=message):

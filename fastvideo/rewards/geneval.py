@@ -54,6 +54,7 @@ def load_geneval(
     *,
     clip: str = "",
     weights: str = "",
+    side: int = 0,
     batch: int = 8,
     threshold: float = 0.3,
     counting_threshold: float = 0.9,
@@ -63,7 +64,7 @@ def load_geneval(
 ) -> Reward:
     """The reward: 1 for a correct picture, else 0, (B,).
 
-    path: the detector, as `load_detector` takes it. weights: given as path to the loader of a detector of the user's own.
+    path, weights, side: the detector and its options, as `load_detector` takes them (GenEval: mmdetection's Mask2Former, side 800).
     clip: a CLIP model, as of the reward `clip`, which names colours (GenEval: OpenAI's ViT-L-14). batch: pictures detected at once.
     threshold, counting_threshold: scores of detections are above it. max_objects: the most certain ones of a class count.
     max_overlap: of those, none that overlaps a more certain one by this intersection over union or more; 1 keeps all.
@@ -71,10 +72,12 @@ def load_geneval(
     """
     if path is None:
         raise UserError("--rewards: geneval needs a detector, written as geneval=shapes, geneval=FOLDER or geneval=FILE.py:FUNCTION")
-    if batch < 1 or max_objects < 1:
-        raise UserError(f"--rewards: geneval needs batch and max_objects of 1 or more, not {batch} and {max_objects}")
+    if batch < 1 or max_objects < 1 or side < 0:
+        raise UserError(
+            f"--rewards: geneval needs batch and max_objects of 1 or more and side of 0 or more, not {batch}, {max_objects}, {side}"
+        )
     rules = Rules(threshold, counting_threshold, max_objects, max_overlap, position_threshold)
-    detect = load_detector(path, device, weights or None, min(threshold, counting_threshold))
+    detect = load_detector(path, device, weights or None, side, min(threshold, counting_threshold))
     name_colours = ColourNames(clip, device) if clip else None
 
     @torch.no_grad()
