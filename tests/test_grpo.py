@@ -11,7 +11,7 @@ import train_grpo_flux
 from fastvideo.embeddings.prompts import shuffled_prompts
 from fastvideo.errors import UserError
 from fastvideo.models.families import FAMILIES
-from fastvideo.parallel.distributed import keyed_generator
+from fastvideo.parallel.distributed import Ranks, keyed_generator
 from fastvideo.runs.guards import check_ratio
 from train_grpo_flux import best_of_n, group_advantages, grpo_loss, reference_kl, sde_step, select_timesteps
 
@@ -55,6 +55,36 @@ def test_timesteps_are_distinct_and_their_number_is_rounded_up(num_steps, fracti
         assert set(chosen.flatten().tolist()) == set(range(num_steps))
     assert select_timesteps(generators, num_steps, fraction, "first")[0].tolist() == list(range(count))
     assert select_timesteps(generators, num_steps, fraction, "last")[0].tolist() == list(range(num_steps - count, num_steps))
+
+
+# The paper's choices of section 3.6, as flags, and how many of 20 stochastic steps, and which, they are for each sample (None: any).
+CHOICES = {
+    "the first 30 %": ("first", 0.3, 6, [0, 1, 2, 3, 4, 5]),
+    "a random 30 %": ("random", 0.3, 6, None),
+    "the last 40 %": ("last", 0.4, 8, [12, 13, 14, 15, 16, 17, 18, 19]),
+    "a random 60 %": ("random", 0.6, 12, None),
+    "all": ("random", 1.0, 20, list(range(20))),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_papers_choices_of_timesteps_can_be_said(name, choice):
+    """As flags of each script; "first" is noise, "last" the picture, and of a random choice every step gets its share."""
+    script, (selection, fraction, count, steps) = importlib.import_module(f"train_grpo_{name}"), CHOICES[choice]
+    flags = {"model": tiny_model(name), "embeddings": REPOSITORY, "output_dir": REPOSITORY, "rewards": ("aesthetic",)}
+    args = script.Args(**flags, sampling_steps=21, timestep_selection=selection, timestep_fraction=fraction)
+    samples = [(place, g) for place in range(40) for g in range(10)]
+    run = SimpleNamespace(args=args, generators=lambda purpose, keys: [keyed_generator(0, purpose, *key) for key in keys])
+    drawn = script.draw_steps(samples, run).tolist()
+    assert len(drawn) == 400 and all(len(set(row)) == len(row) == count for row in drawn)
+    if steps is not None:
+        assert drawn == [steps] * 400
+    else:
+        times = [sum(step in row for row in drawn) for step in range(20)]
+        assert max(abs(n - 400 * count / 20) for n in times) < 4 * (400 * count / 20 * (1 - count / 20)) ** 0.5  # standard deviations
+    pairs = torch.cat(script.split_into_updates(args, Ranks(0, 1, torch.device("cpu"))))
+    assert len(set(map(tuple, pairs.tolist()))) == len(pairs) == args.prompts_per_iteration * args.num_generations * count
 
 
 def test_loss_is_the_clipped_objective():
