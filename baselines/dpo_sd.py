@@ -82,7 +82,7 @@ class Args(ModelFlags, AlgorithmFlags, RunFlags):
             "at least 2": "num_generations sampling_steps",
             "above 0": "updates_per_iteration height width steps_per_pair beta",
             "1 or more": "guidance_scale",
-            "0 or more": "noise_level",
+            "above 0 and at most 1": "noise_level",
         }
         check_numbers(vars(self), rules)
         if self.steps_per_pair % self.updates_per_iteration:
@@ -265,7 +265,7 @@ def group_advantages(rewards: dict[str, Tensor], weights: dict[str, float]) -> T
 
 # Own
 def best_and_worst(advantages: Tensor) -> Tensor:
-    """Which of each prompt's samples has the highest and the lowest advantage, the same one if all are equal: (P, G) to (P, 2)."""
+    """Which of each prompt's samples has the highest and which the lowest advantage: (P, G) to (P, 2)."""
     return torch.stack([advantages.argmax(1), advantages.argmin(1)], dim=1)
 
 
@@ -291,13 +291,14 @@ def noise_errors(unet: nn.Module, pairs: dict[str, Tensor], cond: dict[str, Tens
 
 
 # Own
-def dpo_loss(errors: Tensor, reference: Tensor, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
+def dpo_loss(errors: Tensor, reference: Tensor, told_apart: Tensor, beta: float) -> tuple[Tensor, dict[str, Tensor]]:
     """Diffusion-DPO's loss, mean over the pairs, with its T omega = 1 / 2 over means of elements, as its authors' code has it.
 
-    errors, reference: (B, 2), by the policy and the initial one. Returns the loss and what is logged.
+    errors, reference: (B, 2), by the policy and the initial one. told_apart: (B,), 0 for a pair without a better one, and no gradient.
+    Returns the loss and what is logged.
     """
     better, worse = (errors - reference).unbind(1)
-    loss = -F.logsigmoid(-beta / 2 * (better - worse)).mean()
+    loss = -F.logsigmoid(-beta / 2 * told_apart * (better - worse)).mean()
     return loss, {"loss": loss.detach(), "accuracy": (better < worse).float().mean()}
 
 
@@ -387,9 +388,10 @@ def score_samples(x0_hat: Tensor, prompts: dict[int, int], vae: nn.Module, run: 
 
 # Own
 def noised_pairs(x0: Tensor, advantages: Tensor, places: list[int], schedule: Schedule, run: Run) -> dict[str, Tensor]:
-    """The pairs of this process's p prompts at K random steps: {"step": (p, K), "noise": (p, K, *latent), "z_t": (p, K, 2, *latent)}.
+    """The pairs of this process's p prompts at K random steps, by the rewards' `advantages` (p, G).
 
-    x0: clean latents of its samples (p G, *latent). advantages: (p, G). places: of its prompts. schedule: the model's training steps.
+    x0: clean latents of its samples (p G, *latent). places: of its prompts. schedule: the model's training steps.
+    Returns {"step", "told_apart": (p, K), "noise": (p, K, *latent), "z_t": (p, K, 2, *latent)}.
     """
     K, generators = run.args.steps_per_pair, run.generators("pairs", [(place,) for place in places])
     step = torch.stack([torch.randint(len(schedule.timesteps), (K,), generator=generator) for generator in generators]).to(x0.device)
@@ -397,7 +399,8 @@ def noised_pairs(x0: Tensor, advantages: Tensor, places: list[int], schedule: Sc
     chosen = best_and_worst(advantages) + advantages.shape[1] * torch.arange(len(places))[:, None]
     alpha_bar = schedule.alpha_bar_t[step].view(len(places), K, *[1] * x0.ndim)
     z_t = alpha_bar.sqrt() * x0[chosen.to(x0.device)][:, None] + (1 - alpha_bar).sqrt() * noise[:, :, None]  # Eq. 1
-    return {"step": step, "noise": noise, "z_t": z_t}
+    told_apart = (advantages.amax(1) > advantages.amin(1)).to(x0).view(-1, 1).expand(-1, K)
+    return {"step": step, "told_apart": told_apart, "noise": noise, "z_t": z_t}
 
 
 # Own
@@ -424,7 +427,8 @@ def update_policy(places: Tensor, pairs: dict, cond: dict, schedule: Schedule, r
     """One step of gradient descent on the mean loss of all processes' `places` (n, 2), in micro-batches."""
     for batch in places.split(run.args.micro_batch_size):
         chosen, pair_cond = pick(pairs, cond, *batch.T, 1)
-        loss, stats = dpo_loss(noise_errors(run.policy, chosen, pair_cond, schedule), chosen["reference"], run.args.beta)
+        errors = noise_errors(run.policy, chosen, pair_cond, schedule)
+        loss, stats = dpo_loss(errors, chosen["reference"], chosen["told_apart"], run.args.beta)
         run.backward(loss, stats, len(batch) / len(places))
 
 

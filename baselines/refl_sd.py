@@ -85,7 +85,7 @@ class Args(ModelFlags, AlgorithmFlags, RunFlags):
             "at least 2": "num_generations sampling_steps",
             "above 0": "updates_per_iteration height width last_steps",
             "1 or more": "guidance_scale",
-            "0 or more": "noise_level",
+            "above 0 and at most 1": "noise_level",
         }
         check_numbers(vars(self), rules)
         if self.num_generations % self.updates_per_iteration:

@@ -11,6 +11,7 @@ the comment; in a section or script that has one, write `# Own` above the functi
 """
 
 import ast
+import functools
 import re
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ BANNER = re.compile(r"^# \d\. [\w ]+ =+$")
 MARKER = re.compile(r"^# Copied from (?P<script>\w+\.py)(?: with (?P<renames>.+))?$")
 
 
+@functools.cache
 def functions(source: str) -> dict[str, tuple[int, int]]:
     """Name -> first line (of the decorators) and last line, counted from 1, of each function and class at the top level of a script."""
     nodes = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef | ast.ClassDef)]
