@@ -15,23 +15,25 @@ seeds=${SEEDS:-0 1 2}
 RUNS=${RUNS:-runs/paper}
 declare -A trainings=() settings=() # of each run its command; those that occur
 order=() printed=()
+questions=(--benchmarks geneval=shapes/prompts/geneval.jsonl,detector=shapes)
 of_pictures=(hpsv2=prompts/hpsv2,weights=models/HPS_v2.1_compressed.pt clip=heldout.txt,model=models/DFN5B-CLIP-ViT-H-14-378
     pickscore=heldout.txt,model=models/PickScore_v1 geneval=evaluation_metadata.jsonl,detector=models/mask2former)
 of_clips=(videoalign=heldout.txt,model=models/VideoReward visionreward=heldout.txt,server=http://127.0.0.1:8500)
 
+# The last transitions of a tiny model with guidance have gradients of noise: with a random 60 % of them its reward falls (docs/results.md).
 setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who judges, pictures of a held-out prompt; then the paper's own
     tiny=(--prompts_per_iteration 8 --num_generations 12 --sampling_steps 8 --ema_decay 0.95 --lr_warmup_steps 5
         --zero_stage 1 --height 32 --width 32 --rollout_batch_size 128 --micro_batch_size 64 --checkpoint_every 20 --keep_checkpoints 1)
     flow=(--shift 3 --noise_level 0.7 --updates_per_iteration 4 --learning_rate 1e-4)
-    family=$1 prompts=train.txt heldout=heldout.txt judges=(aesthetic clip=shapes/models/clip shapes shapes_strict) pictures=16 full=() size=()
+    family=$1 prompts=train.txt heldout=heldout.txt judges=(aesthetic clip=shapes/models/clip shapes shapes_strict) pictures=16 full=() size=() also=() transitions=()
     case $1 in
     sd)
-        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 40)
-        nodes=1 folder=stable-diffusion-v1-4 benchmarks=("${of_pictures[@]}")
+        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 40) transitions=(--timestep_selection first)
+        also=("${questions[@]}") nodes=1 folder=stable-diffusion-v1-4 benchmarks=("${of_pictures[@]}")
         ;;
     flux)
         tiny+=("${flow[@]}" --learning_rate 2e-4 --iterations 60)
-        nodes=4 folder=FLUX.1-dev benchmarks=("${of_pictures[@]}")
+        also=("${questions[@]}") nodes=4 folder=FLUX.1-dev benchmarks=("${of_pictures[@]}")
         ;;
     hunyuan_image)
         family=hunyuan
@@ -45,7 +47,7 @@ setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who 
         ;;
     skyreels)
         prompts=i2v_train.jsonl heldout=i2v_heldout.jsonl judges=(motion fidelity visual shapes) pictures=8 size=(--height 32 --width 32)
-        tiny+=("${flow[@]}" --num_frames 9 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 3e-4 --iterations 30)
+        tiny+=("${flow[@]}" --num_frames 9 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 2e-4 --iterations 30) transitions=(--timestep_selection first)
         nodes=4 folder=SkyReels-V1-I2V benchmarks=(videoalign=frames/heldout.jsonl,model=models/VideoReward)
         ;;
     *) fail "unknown setting '$1'" ;;
@@ -73,6 +75,7 @@ arm() { # SETTING NAME REWARDS [FLAGS...], of both sizes; before it TINY="FLAGS"
     setting "$place"
     rewards_of "$3"
     script=${SCRIPT:-train_grpo_$family.py}
+    [[ $script == */refl_* || $script == */dpo_* ]] || tiny+=("${transitions[@]}") # which do not train along the trajectory
     for judge in "${judges[@]}"; do # each is trained on or watched
         [[ " ${tiny_rewards[*]} " == *" ${judge%%=*}"[\ =]* ]] || held_out+=("$judge")
     done
@@ -131,7 +134,7 @@ run_arms() { # [--full]: the last line of each experiment; for all.sh, which has
         setting "$place"
         # shellcheck disable=SC2086
         echo "evaluate_$place $(words python evaluate.py --model "shapes/models/$family" --checkpoints "$RUNS/$place"/*/export \
-            --prompts "shapes/prompts/$heldout" --rewards "${judges[@]}" --num_seeds 3 --images_per_prompt "$pictures" --batch_size 128 \
+            --prompts "shapes/prompts/$heldout" --rewards "${judges[@]}" --num_seeds 3 --images_per_prompt "$pictures" --batch_size 128 "${also[@]}" \
             --output_dir "$RUNS/evaluation/$place" ${EVALUATE:-})"
     done >"$RUNS/jobs"
     run_jobs evaluating

@@ -59,7 +59,7 @@ class Experiment:
 
 
 TASTE, CAPTION = "reward/aesthetic_mean", "reward/clip_mean"
-PICTURES = ("aesthetic", "clip", "shapes", "shapes_strict")
+PICTURES = ("aesthetic", "clip", "shapes", "geneval", "diversity.pixels")
 TASTE_ARMS = {"taste": "taste", "taste_caption": "taste and caption"}
 RATES = ("5e-5", "1e-4", "2e-4")
 METHODS = {"": "GRPO", "ddpo_": "DDPO", "dpok_": "DPOK", "refl_": "ReFL", "dpo_": "online DPO"}
@@ -206,7 +206,7 @@ EXPERIMENTS = {
         ),
         claims=(
             Claim("HPS alone raises the CLIP score too", "sd", "clip", "taste", "base"),
-            Claim("HPS alone raises GenEval too", "sd", "shapes_strict", "taste", "base"),
+            Claim("HPS alone raises GenEval too", "sd", "geneval", "taste", "base"),
             Claim("with the CLIP score beside it that is higher than with HPS alone", "sd", "clip", "taste_caption", "taste"),
         ),
     ),
@@ -223,8 +223,8 @@ EXPERIMENTS = {
         ),
         claims=(
             Claim("HPS alone lowers the CLIP score", "flux", "clip", "base", "taste"),
-            Claim("HPS alone lowers GenEval", "flux", "shapes_strict", "base", "taste"),
-            Claim("with the CLIP score beside it GenEval rises", "flux", "shapes_strict", "taste_caption", "base"),
+            Claim("HPS alone lowers GenEval", "flux", "geneval", "base", "taste"),
+            Claim("with the CLIP score beside it GenEval rises", "flux", "geneval", "taste_caption", "base"),
             Claim("with the CLIP score beside it that rises", "flux", "clip", "taste_caption", "base"),
         ),
     ),

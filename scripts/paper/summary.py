@@ -31,7 +31,7 @@ class Results:
     def __init__(self, folder: Path):
         self.folder = folder
         paths = {path.parent.name: path for path in sorted(folder.glob("evaluation/*/results.json"))}
-        self.evaluations = {setting: json.loads(path.read_text())["models"] for setting, path in paths.items()}
+        self.evaluations = {setting: json.loads(path.read_text())["scores"] for setting, path in paths.items()}
 
     def runs(self, setting: str, arm: str) -> list[Path]:
         """Finished ones, in order of their seeds."""
@@ -47,13 +47,14 @@ class Results:
         return np.array([curve[: min(map(len, curves))] for curve in curves])
 
     def values(self, setting: str, arm: str, metric: str) -> np.ndarray:
-        """One number a seed. metric: a reward on the held-out prompts; "end METRIC", "all METRIC": on training samples, in the last quarter
+        """One number a seed. metric: a reward or measure of the evaluation; "end METRIC", "all METRIC": on training samples, in the last quarter
         of the iterations, or in all of them."""
         when, _, name = metric.rpartition(" ")
         if not when:
             models = self.evaluations.get(setting, {})
             names = [BASE] if arm == BASE else [run.name for run in self.runs(setting, arm)]
-            return np.array([models[name][metric]["mean"] for name in names if name in models])
+            found = [benchmark[metric]["mean"] for name in names for benchmark in models.get(name, {}).values() if metric in benchmark]
+            return np.array(found)
         curves = self.curves(setting, arm, name)
         return curves[:, -(curves.shape[1] // 4) if when == "end" else 0 :].mean(1) if curves.size else np.empty(0)
 
