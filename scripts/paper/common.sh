@@ -138,6 +138,6 @@ run_arms() { # [--full]: the last line of each experiment; for all.sh, which has
             --output_dir "$RUNS/evaluation/$place" ${EVALUATE:-})"
     done >"$RUNS/jobs"
     run_jobs evaluating
-    python scripts/paper/summary.py "$RUNS"
+    python scripts/paper/summary.py --runs "$RUNS"
     exit "$code"
 }

@@ -1,4 +1,4 @@
-"""Figures and tables of the experiments beside the paper's statements: `python scripts/paper/summary.py [RUNS] [--docs]`.
+"""Figures and tables of the experiments beside the paper's statements: `python scripts/paper/summary.py [--runs RUNS] [--docs]`.
 
 Reads what scripts/paper/*.sh has left in RUNS (runs/paper): the runs of each arm, one a training seed, and their evaluation. Writes
 RUNS/summary/results.md and a picture of each figure; with --docs also into docs/results.md, between its marks, and docs/images/.
@@ -7,14 +7,15 @@ Numbers are means over training seeds +- half their 95 % interval (Student's t),
 interval of the difference of two arms (Welch's t), or of an arm and the base model (Student's t). What is not there yet is left out.
 """
 
-import argparse
 import json
 import re
 import shutil
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tyro
 from experiments import EXPERIMENTS, Claim, Grid, Panel, Table
 from scipy import stats
 
@@ -23,6 +24,14 @@ from fastvideo.runs.tracking import read_metrics
 REPOSITORY = Path(__file__).resolve().parents[2]
 WINDOW = 8  # iterations of the moving average, as the paper's curves have one
 BASE = "base"
+
+
+@dataclass
+class Args:
+    runs: Path = REPOSITORY / "runs" / "paper"
+    """What scripts/paper/*.sh has left."""
+    docs: bool = False
+    """Write into docs/results.md and docs/images too."""
 
 
 class Results:
@@ -47,8 +56,8 @@ class Results:
         return np.array([curve[: min(map(len, curves))] for curve in curves])
 
     def values(self, setting: str, arm: str, metric: str) -> np.ndarray:
-        """One number a seed. metric: a reward or measure of the evaluation; "end METRIC", "all METRIC": on training samples, in the last quarter
-        of the iterations, or in all of them."""
+        """One number a seed. metric: a reward or measure of the evaluation; "end METRIC", "all METRIC": on training samples, in the last
+        quarter of the iterations, or in all of them."""
         when, _, name = metric.rpartition(" ")
         if not when:
             models = self.evaluations.get(setting, {})
@@ -147,10 +156,7 @@ def claim_lines(claims: tuple[Claim, ...], results: Results) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="?", default=REPOSITORY / "runs" / "paper")
-    parser.add_argument("--docs", action="store_true", help="write into docs/results.md and docs/images too")
-    args = parser.parse_args()
+    args = tyro.cli(Args, use_underscores=True, description=__doc__.splitlines()[0])
     results, folder = Results(args.runs), args.runs / "summary"
     folder.mkdir(parents=True, exist_ok=True)
     blocks = {}
