@@ -78,9 +78,9 @@ def test_every_arm_is_a_command_that_its_scripts_take():
 
 def test_evaluation_in_full_names_benchmarks_and_what_they_need():
     evaluations = [words for words in listed()[1] if "evaluate.py" in words]
-    assert len(evaluations) == 5
+    assert len(evaluations) == 5 + 3  # a setting, and those of which people see pairs
     for words in evaluations:
-        for text in words[words.index("--benchmarks") + 1 : words.index("--output_dir")]:
+        for text in words[words.index("--benchmarks") + 1 : words.index("--human_pairs" if "--human_pairs" in words else "--output_dir")]:
             name, _, rest = text.partition("=")
             assert BENCHMARKS[name].option is None or f",{BENCHMARKS[name].option[0]}=" in rest
 
@@ -96,7 +96,12 @@ def test_what_is_said_is_about_arms_that_are_there():
         assert {f"{setting}/{arm}" for setting, arm in named} <= arms
         own = bash(f'source scripts/paper/{name}.sh --full >/dev/null; echo "${{order[@]}}"', SEEDS=0).stdout.split()
         assert {f"{setting}/{arm}" for setting, arm in named} <= {run.rpartition("_")[0] for run in own}, name  # trained by its own script
-    assert experiments.EXPERIMENTS["figure_1"].claims
+
+
+def test_the_page_of_results_has_a_place_for_each():
+    page = (REPOSITORY / "docs" / "results.md").read_text()
+    for name, experiment in experiments.EXPERIMENTS.items():
+        assert page.count(f"## {experiment.title}\n\n<!-- {name} -->\n") == page.count(f"<!-- end of {name} -->") == 1
 
 
 @pytest.fixture

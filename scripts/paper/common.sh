@@ -13,7 +13,7 @@ cd "$repository"
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 seeds=${SEEDS:-0 1 2}
 RUNS=${RUNS:-runs/paper}
-declare -A trainings=() settings=() # of each run its command; those that occur
+declare -A trainings=() settings=() people=() # of each run its command; those that occur; of a setting whose pictures people see
 order=() printed=()
 questions=(--benchmarks geneval=shapes/prompts/geneval.jsonl,detector=shapes)
 of_pictures=(hpsv2=prompts/hpsv2,weights=models/HPS_v2.1_compressed.pt clip=heldout.txt,model=models/DFN5B-CLIP-ViT-H-14-378
@@ -98,8 +98,19 @@ arm() { # SETTING NAME REWARDS [FLAGS...], of both sizes; before it TINY="FLAGS"
     done
 }
 
+pairs() { # SETTING ARM NUMBER: pairs of pictures of the base model and of the first seed's run, for people
+    people[$1]="${2}_${seeds%% *} $3"
+}
+
 words() { # as one line that the shell reads as the same words
     printf '%q ' "$@"
+}
+
+evaluation() { # SETTING FOLDER CHECKPOINTS [FLAGS]: a line of jobs
+    setting "$1"
+    # shellcheck disable=SC2086
+    echo "evaluate_$2 $(words python evaluate.py --model "shapes/models/$family" --output_dir "$RUNS/evaluation/$2" --prompts "shapes/prompts/$heldout" \
+        --rewards "${judges[@]}" --num_seeds 3 --images_per_prompt "$pictures" --batch_size 128 "${also[@]}" ${EVALUATE:-} --checkpoints "${@:3}")"
 }
 
 run_jobs() { # DOING: those of $RUNS/jobs; on after a failure, not after a signal
@@ -109,13 +120,19 @@ run_jobs() { # DOING: those of $RUNS/jobs; on after a failure, not after a signa
 
 run_arms() { # [--full]: the last line of each experiment; for all.sh, which has more to come, nothing
     [[ ! -v COLLECTING ]] || return 0
-    local place run code=0
+    local place run number code=0
     if [[ ${1:-} == --full ]]; then
         printf '%s\n' "${printed[@]}"
         for place in "${!settings[@]}"; do
             setting "$place"
             echo "sbatch --gpus-per-node=8 scripts/slurm.sh evaluate.py --model models/$folder --checkpoints runs/paper/$place/*/export" \
                 "--benchmarks ${benchmarks[*]} --output_dir runs/paper/evaluation/$place"
+        done
+        for place in "${!people[@]}"; do
+            setting "$place"
+            read -r run number <<<"${people[$place]}"
+            echo "sbatch --gpus-per-node=8 scripts/slurm.sh evaluate.py --model models/$folder --checkpoints runs/paper/$place/$run/export" \
+                "--benchmarks ${benchmarks[0]} --human_pairs $number --output_dir runs/paper/evaluation/people_$place"
         done
         return
     fi
@@ -131,13 +148,14 @@ run_arms() { # [--full]: the last line of each experiment; for all.sh, which has
     done >"$RUNS/jobs"
     run_jobs training
     for place in "${!settings[@]}"; do
-        setting "$place"
-        # shellcheck disable=SC2086
-        echo "evaluate_$place $(words python evaluate.py --model "shapes/models/$family" --checkpoints "$RUNS/$place"/*/export \
-            --prompts "shapes/prompts/$heldout" --rewards "${judges[@]}" --num_seeds 3 --images_per_prompt "$pictures" --batch_size 128 "${also[@]}" \
-            --output_dir "$RUNS/evaluation/$place" ${EVALUATE:-})"
+        evaluation "$place" "$place" "$RUNS/$place"/*/export
     done >"$RUNS/jobs"
     run_jobs evaluating
+    for place in "${!people[@]}"; do
+        read -r run number <<<"${people[$place]}"
+        evaluation "$place" "people_$place" "$RUNS/$place/$run/export" --scores_dir "$RUNS/evaluation/$place/scores" --human_pairs "$number"
+    done >"$RUNS/jobs"
+    run_jobs pairs
     python scripts/paper/summary.py --runs "$RUNS"
     exit "$code"
 }

@@ -110,6 +110,7 @@ EXPERIMENTS = {
             Claim("a thresholded CLIP score is learned", "sd", "clip", "caption_binary", "base"),
         ),
     ),
+    "figure_3b": Experiment("Figure 3 (b): what people prefer"),
     "figure_4a": Experiment(
         "Figure 4 (a): best-of-N",
         panels=(Panel("sd", TASTE, {f"taste_16_of_{n}": f"16 of {n}" for n in (16, 64, 256)}, "Stable Diffusion"),),
@@ -164,6 +165,11 @@ EXPERIMENTS = {
             Claim("GRPO ends higher than DDPO", "flux", "end " + TASTE, "taste", "ddpo_taste"),
             Claim("DDPO diverges: its reward ends below the base model's", "flux", "aesthetic", "base", "ddpo_taste"),
         ),
+    ),
+    "figure_7": Experiment(
+        "Figure 7: diversity before and after",
+        tables=(Table("flux", ("diversity.pixels", "diversity.clip"), TASTE_ARMS),),
+        claims=(Claim("after RLHF different seeds give more similar pictures", "flux", "diversity.pixels", "base", "taste"),),
     ),
     "figure_8": Experiment(
         "Figure 8: one noise for all samples of a prompt, or one each",
