@@ -7,9 +7,11 @@ Numbers are means over training seeds +- half their 95 % interval (Student's t),
 interval of the difference of two arms (Welch's t), or of an arm and the base model (Student's t). What is not there yet is left out.
 """
 
+# ruff: noqa: E402
 import json
 import re
 import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,11 @@ import tyro
 from experiments import EXPERIMENTS, Claim, Grid, Panel, Table
 from scipy import stats
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))  # from any working directory
+
 from fastvideo.runs.tracking import read_metrics
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WINDOW = 8  # iterations of the moving average, as the paper's curves have one
 BASE = "base"
 
@@ -72,6 +76,12 @@ def half_width(values: np.ndarray) -> float:
     """Half the 95 % interval of the mean of (n,) values; NaN for fewer than two."""
     with warnings.catch_warnings(action="ignore"):
         return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def with_interval(values: np.ndarray) -> str:
+    if not values.size:
+        return ""
+    return f"{values.mean():.3f}" + (f" +- {half_width(values):.3f}" if len(values) > 1 else "")
 
 
 def difference(values: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
@@ -126,7 +136,7 @@ def table_lines(table: Table, results: Results) -> list[str]:
         cells = [results.values(table.setting, arm, reward) for reward in table.rewards]
         if not cells[0].size:
             continue
-        texts = [f"{values.mean():.3f}" + (f" +- {half_width(values):.3f}" if len(values) > 1 else "") for values in cells]
+        texts = [with_interval(values) for values in cells]
         lines.append(f"| {label} | {' | '.join(texts)} |")
     return [*lines, "", *([f"The paper: {table.paper}.", ""] if table.paper else [])]
 
