@@ -97,7 +97,8 @@ def difference(values: np.ndarray, others: np.ndarray) -> tuple[float, float, fl
 def verdict(claim: Claim, low: float, high: float) -> str:
     """Whether the interval of a difference bears the claim out."""
     if claim.alike:
-        return "agrees" if low <= 0 <= high else "disagrees"
+        inside = max(abs(low), abs(high)) < claim.alike
+        return "agrees" if inside else "disagrees" if low > 0 or high < 0 else "too weak to say"
     return "agrees" if low > 0 else "disagrees" if high < 0 else "too weak to say"
 
 
