@@ -10,6 +10,7 @@
 [[ ! -v COLLECTING ]] || return 0 # all.sh has it already
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" requirements.txt
 cd "$repository"
+shopt -s extglob
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 seeds=${SEEDS:-0 1 2}
 RUNS=${RUNS:-runs/paper}
@@ -28,11 +29,11 @@ setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who 
     family=$1 prompts=train.txt heldout=heldout.txt judges=(aesthetic clip=shapes/models/clip shapes shapes_strict) pictures=16 full=() size=() also=() transitions=()
     case $1 in
     sd)
-        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 40) transitions=(--timestep_selection first)
+        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 32) transitions=(--timestep_selection first)
         also=("${questions[@]}") nodes=1 folder=stable-diffusion-v1-4 benchmarks=("${of_pictures[@]}")
         ;;
     flux)
-        tiny+=("${flow[@]}" --learning_rate 2e-4 --iterations 60)
+        tiny+=("${flow[@]}" --learning_rate 2e-4 --iterations 50)
         also=("${questions[@]}") nodes=4 folder=FLUX.1-dev benchmarks=("${of_pictures[@]}")
         ;;
     hunyuan_image)
@@ -148,7 +149,7 @@ run_arms() { # [--full]: the last line of each experiment; for all.sh, which has
     done >"$RUNS/jobs"
     run_jobs training
     for place in "${!settings[@]}"; do
-        evaluation "$place" "$place" "$RUNS/$place"/*/export
+        evaluation "$place" "$place" "$RUNS/$place"/!(grid_*)/export
     done >"$RUNS/jobs"
     run_jobs evaluating
     for place in "${!people[@]}"; do
