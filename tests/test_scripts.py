@@ -28,7 +28,7 @@ SCRIPTS = [*TRAINING_SCRIPTS, *BASELINES, EVALUATE, *sorted((REPOSITORY / "prepr
 LAUNCHERS = [*sorted((REPOSITORY / "scripts").glob("train_*.sh")), *sorted((REPOSITORY / "scripts").glob("preprocess_*.sh"))]
 SECTIONS = ["1. Arguments", "2. Sampler", "3. Model", "4. Rollout", "5. Advantages", "6. Loss", "7. Algorithm 1"]
 FUNCTIONS = {
-    "2. Sampler": ["time_schedule", "sde_step"],
+    "2. Sampler": ["time_schedule", "noise_levels", "sde_step"],
     "3. Model": ["load_models", "latent_shape", "load_cond", "predict", "decode"],
     "4. Rollout": ["rollout"],
     "5. Advantages": ["group_advantages", "best_of_n", "select_timesteps", "trained_count"],
@@ -49,8 +49,8 @@ FUNCTIONS = {
 # fmt: off
 SHARED_FLAGS = {
     "model", "embeddings", "output_dir", "iterations", "seed", "prompts_per_iteration", "num_generations", "updates_per_iteration",
-    "sampling_steps", "noise_level", "timestep_fraction", "timestep_selection", "shared_noise", "clip_range", "advantage_clip",
-    "best_of_n", "rewards", "reward_weights", "held_out_rewards", "learning_rate",
+    "sampling_steps", "noise_level", "noise_schedule", "timestep_fraction", "timestep_selection", "shared_noise", "clip_range",
+    "advantage_clip", "best_of_n", "rewards", "reward_weights", "held_out_rewards", "learning_rate",
     "weight_decay", "max_grad_norm", "lr_warmup_steps", "ema_decay",
     "kl_weight", "lora_rank", "old_log_prob", "zero_stage", "offload", "dtype", "attention", "gradient_checkpointing", "height",
     "width", "rollout_batch_size", "micro_batch_size", "gather_for_rollout", "timeout_minutes", "resume", "checkpoint_every",
@@ -193,7 +193,7 @@ def launched(shell_script: Path) -> tuple[Path, list[str]]:
     if rewards := re.search(r"^rewards=\((.*)\)$", text, re.MULTILINE):
         command = command.replace('"${rewards[@]}"', rewards[1])
     command = command.replace('"$@"', "").replace("$repository", str(REPOSITORY)).replace("$MODEL", "x")
-    command = re.sub(r"\$\{\w+:-(\d*)\}", lambda found: found[1] or "x", command)
+    command = re.sub(r"\$\{\w+:-([\w.]*)\}", lambda found: found[1] or "x", command)
     command = re.sub(r"\$(PROMPTS|OUTPUT_DIR|EMBEDDINGS)", "x.jsonl", command)
     words = shlex.split(command)
     assert REPOSITORY / words[2] == REPOSITORY / "scripts" / "launch.py"
