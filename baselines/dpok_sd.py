@@ -10,9 +10,7 @@ weights 1 / (2 std^2). Samples of a prompt start from different noise, and all s
 
 Left out: the value network, which learns a baseline from the rewards of each prompt and step: with G samples of a prompt at hand the mean
 of their rewards is one already. And the replay buffer of earlier transitions: as in GRPO those of the iteration are trained on, once.
-
-Equation and line numbers are DanceGRPO's. Letters for shapes: B samples in a batch, P prompts, G samples of one prompt (--num_generations),
-T sampling steps, K trained steps of a sample, C latent channels.
+Letters for shapes: B samples in a batch, P prompts, G samples of one prompt, T sampling steps, K trained steps, C latent channels.
 """
 
 import math
