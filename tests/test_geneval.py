@@ -515,6 +515,9 @@ def test_a_folder_judges_pictures(mask2former):
 OWN = """
 from fastvideo.rewards.detectors import Detection
 
+def load_too_few(path, device):
+    return lambda pictures: [[]]
+
 def load_one_cat(path, device):
     def detect(pictures):
         return [[Detection(path or "cat", picture.getpixel((0, 0))[0] / 255, (0, 0, 4, 4))] for picture in pictures]
@@ -532,6 +535,9 @@ def test_a_detector_of_ones_own(tmp_path):
     ):
         assert score(load_rewards(parse_rewards([text]), CPU, rows), media, rows)["geneval"].tolist() == expected
 
+    with pytest.raises(UserError, match=r"own\.py:load_too_few returned 1 lists for 2 pictures"):
+        score(load_rewards(parse_rewards([f"geneval={tmp_path}/own.py:load_too_few"]), CPU, rows), media, rows)
+
 
 @pytest.mark.parametrize(
     ("row", "message"),
@@ -539,8 +545,11 @@ def test_a_detector_of_ones_own(tmp_path):
         ({}, 'it has no string as "tag"'),
         ({"tag": "colors"}, 'or no list as "include"'),
         ({"tag": "colors", "include": []}, 'or no list as "include"'),
-        ({"tag": "colors", "include": [{"class": "circle"}]}, "no whole number as"),
-        ({"tag": "colors", "include": [{"class": "circle", "count": True}]}, "no whole number as"),
+        ({"tag": "colors", "include": [{"class": "circle"}]}, "no whole number above 0 as"),
+        ({"tag": "colors", "include": [{"class": "circle", "count": True}]}, "no whole number above 0 as"),
+        ({"tag": "colors", "include": [{"class": "circle", "count": 0}]}, "no whole number above 0 as"),
+        ({"tag": "colors", "include": [{"class": "circle", "count": 1}], "exclude": 5}, '"exclude" is no list'),
+        ({"tag": "colors", "include": ["circle"]}, "'circle' has no string as"),
         ({"tag": "colors", "include": [{"class": "dog", "count": 1}]}, "the detector does not know the class 'dog'"),
         ({"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "pink"}]}, "the colour 'pink' is none of red, green"),
         ({"tag": "x", "include": [{"class": "circle", "count": 1}], "exclude": [{"class": "dog", "count": 1}]}, "the class 'dog'"),

@@ -87,6 +87,8 @@ def load_geneval(
         check_rows(rows)
         pictures = to_pil(media)
         found = [one for start in range(0, len(rows), batch) for one in detect(pictures[start : start + batch])]
+        if len(found) != len(rows):
+            raise UserError(f"geneval's detector {path} returned {len(found)} lists for {len(rows)} pictures")
         return torch.tensor(
             [
                 float(correct(row, objects, rules, lambda *taken, picture=picture: _colours(*taken, picture, name_colours)))
@@ -183,9 +185,12 @@ def check(rows: Sequence[dict], detect: Detector, clip: bool) -> None:
 def _fault(row: dict, classes: set[str] | None, colours: Sequence[str], sees_colours: bool) -> str:
     if not isinstance(row.get("tag"), str) or not isinstance(row.get("include"), list) or not row["include"]:
         return 'it has no string as "tag", or no list as "include"'
-    for place, wanted in enumerate([*row["include"], *(row.get("exclude") or [])]):
-        if not isinstance(wanted, dict) or not isinstance(wanted.get("class"), str) or type(wanted.get("count")) is not int:
-            return f'{wanted!r} has no string as "class", or no whole number as "count"'
+    if not isinstance(row.get("exclude", []), list):
+        return 'its "exclude" is no list'
+    for place, wanted in enumerate([*row["include"], *row.get("exclude", [])]):
+        named = isinstance(wanted, dict) and isinstance(wanted.get("class"), str)
+        if not named or type(wanted.get("count")) is not int or wanted["count"] < 1:
+            return f'{wanted!r} has no string as "class", or no whole number above 0 as "count"'
         if classes is not None and not classes & {wanted["class"], *ALIASES.get(wanted["class"], ())}:
             return f"the detector does not know the class {wanted['class']!r}"
         if "color" in wanted and wanted["color"] not in colours:
