@@ -23,7 +23,7 @@ TO_BE_WRITTEN = {"FILE.py", "brightness.py", "palette.py", "hpsv3_reward.py", "m
 OTHERS_FLAGS = {  # of torchrun, pip, pytest, SLURM, Docker, hf and what else the pages tell people to run
     "no", "standalone", "nproc_per_node", "no-build-isolation", "no-deps", "nodes", "gpus-per-node", "time", "signal", "nodelist", "batch",
     "requeue", "overlap", "jobid", "pid", "nv", "pwd", "bind", "container-image", "container-workdir", "container-mounts", "numprocesses",
-    "include", "exclude", "local-dir", "help", "data-binary", "write", "repo-type",
+    "include", "exclude", "local-dir", "help", "data-binary", "write", "repo-type", "full",
 }
 # fmt: on
 

@@ -23,11 +23,12 @@ from fastvideo.models.families import FAMILIES
 from scripts.sync_copies import functions, markers, stale_copies
 
 TRAINING_SCRIPTS = sorted(REPOSITORY.glob("train_grpo_*.py"))
-SCRIPTS = [*TRAINING_SCRIPTS, EVALUATE, *sorted((REPOSITORY / "preprocess").glob("*.py"))]
+BASELINES = sorted((REPOSITORY / "baselines").glob("*.py"))
+SCRIPTS = [*TRAINING_SCRIPTS, *BASELINES, EVALUATE, *sorted((REPOSITORY / "preprocess").glob("*.py"))]
 LAUNCHERS = [*sorted((REPOSITORY / "scripts").glob("train_*.sh")), *sorted((REPOSITORY / "scripts").glob("preprocess_*.sh"))]
 SECTIONS = ["1. Arguments", "2. Sampler", "3. Model", "4. Rollout", "5. Advantages", "6. Loss", "7. Algorithm 1"]
 FUNCTIONS = {
-    "2. Sampler": ["time_schedule", "sde_step"],
+    "2. Sampler": ["time_schedule", "noise_levels", "sde_step"],
     "3. Model": ["load_models", "latent_shape", "load_cond", "predict", "decode"],
     "4. Rollout": ["rollout"],
     "5. Advantages": ["group_advantages", "best_of_n", "select_timesteps", "trained_count"],
@@ -48,8 +49,8 @@ FUNCTIONS = {
 # fmt: off
 SHARED_FLAGS = {
     "model", "embeddings", "output_dir", "iterations", "seed", "prompts_per_iteration", "num_generations", "updates_per_iteration",
-    "sampling_steps", "noise_level", "timestep_fraction", "timestep_selection", "shared_noise", "clip_range", "advantage_clip",
-    "best_of_n", "rewards", "reward_weights", "held_out_rewards", "learning_rate",
+    "sampling_steps", "noise_level", "noise_schedule", "timestep_fraction", "timestep_selection", "shared_noise", "clip_range",
+    "advantage_clip", "best_of_n", "rewards", "reward_weights", "held_out_rewards", "learning_rate",
     "weight_decay", "max_grad_norm", "lr_warmup_steps", "ema_decay",
     "kl_weight", "lora_rank", "old_log_prob", "zero_stage", "offload", "dtype", "attention", "gradient_checkpointing", "height",
     "width", "rollout_batch_size", "micro_batch_size", "gather_for_rollout", "timeout_minutes", "resume", "checkpoint_every",
@@ -68,10 +69,10 @@ def scripts(tmp_path):
 
 def test_copies_are_equal():
     assert stale_copies() == []
-    for path in TRAINING_SCRIPTS:
+    for path in [*TRAINING_SCRIPTS, *BASELINES]:
         if path.name != "train_grpo_flux.py":
             text = path.read_text()
-            assert len(markers(text.splitlines(), functions(text))) >= 15
+            assert len(markers(text.splitlines(), functions(text))) >= (12 if path in BASELINES else 15)
 
 
 def test_a_changed_copy_is_found_and_mended(scripts):
@@ -115,7 +116,7 @@ def test_sections_and_functions_come_in_the_same_order(script):
         assert [name for name in defined if name in FUNCTIONS.get(section, [])] == FUNCTIONS.get(section, [])
 
 
-@pytest.mark.parametrize("script", TRAINING_SCRIPTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("script", [*TRAINING_SCRIPTS, *BASELINES], ids=lambda path: path.name)
 def test_only_predict_calls_the_network(script):
     """Two calls, in rollout and update, are how a ratio stops being 1."""
     tree = ast.parse(script.read_text())
@@ -192,7 +193,7 @@ def launched(shell_script: Path) -> tuple[Path, list[str]]:
     if rewards := re.search(r"^rewards=\((.*)\)$", text, re.MULTILINE):
         command = command.replace('"${rewards[@]}"', rewards[1])
     command = command.replace('"$@"', "").replace("$repository", str(REPOSITORY)).replace("$MODEL", "x")
-    command = re.sub(r"\$\{\w+:-(\d*)\}", lambda found: found[1] or "x", command)
+    command = re.sub(r"\$\{\w+:-([\w.]*)\}", lambda found: found[1] or "x", command)
     command = re.sub(r"\$(PROMPTS|OUTPUT_DIR|EMBEDDINGS)", "x.jsonl", command)
     words = shlex.split(command)
     assert REPOSITORY / words[2] == REPOSITORY / "scripts" / "launch.py"

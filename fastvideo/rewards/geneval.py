@@ -105,7 +105,7 @@ def load_geneval(
 
 def correct(row: dict, found: list[Detection], rules: Rules, colours_of: Callable[[list[Detection], str], list[str]]) -> bool:
     """Whether `found` in a picture is what `row` asks for. colours_of: the colours of objects of a class, called where they matter."""
-    taken: list[list[Detection] | None] = []  # for each entry of "include"; None where it failed
+    taken: list[list[Detection]] = []  # for each entry of "include"
     counting = row["tag"] == "counting"
     for wanted in row["include"]:
         objects = certain(found, wanted["class"], counting, rules)[: wanted["count"]]
@@ -114,13 +114,11 @@ def correct(row: dict, found: list[Detection], rules: Rules, colours_of: Callabl
             right = colours_of(objects, wanted["class"]) == [wanted["color"]] * len(objects)
         if right and "position" in wanted:
             relation, target = wanted["position"]
-            others = taken[target]
-            right = others is not None and all(
-                relation in relations(one.box, other.box, rules.position_threshold) for one in objects for other in others
-            )
-        taken.append(objects if right else None)
-    surplus = any(len(certain(found, other["class"], counting, rules)) >= other["count"] for other in row.get("exclude", []))
-    return None not in taken and not surplus
+            right = all(relation in relations(one.box, other.box, rules.position_threshold) for one in objects for other in taken[target])
+        if not right:
+            return False
+        taken.append(objects)
+    return all(len(certain(found, other["class"], counting, rules)) < other["count"] for other in row.get("exclude", []))
 
 
 def certain(found: list[Detection], name: str, counting: bool, rules: Rules) -> list[Detection]:
