@@ -10,7 +10,6 @@
 [[ ! -v COLLECTING ]] || return 0 # all.sh has it already
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" requirements.txt
 cd "$repository"
-shopt -s extglob
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 seeds=${SEEDS:-0 1 2}
 RUNS=${RUNS:-runs/paper}
@@ -126,7 +125,7 @@ run_arms() { # [--full]: the last line of each experiment; for all.sh, which has
         printf '%s\n' "${printed[@]}"
         for place in "${!settings[@]}"; do
             setting "$place"
-            echo "sbatch --gpus-per-node=8 scripts/slurm.sh evaluate.py --model models/$folder --checkpoints runs/paper/$place/*/export" \
+            echo "sbatch --gpus-per-node=8 scripts/slurm.sh evaluate.py --model models/$folder --checkpoints runs/paper/$place/*_[${seeds// /}]/export" \
                 "--benchmarks ${benchmarks[*]} --output_dir runs/paper/evaluation/$place"
         done
         for place in "${!people[@]}"; do
@@ -149,7 +148,7 @@ run_arms() { # [--full]: the last line of each experiment; for all.sh, which has
     done >"$RUNS/jobs"
     run_jobs training
     for place in "${!settings[@]}"; do
-        evaluation "$place" "$place" "$RUNS/$place"/!(grid_*)/export
+        evaluation "$place" "$place" "$RUNS/$place"/*_[${seeds// /}]/export # all that are there, of other experiments too
     done >"$RUNS/jobs"
     run_jobs evaluating
     for place in "${!people[@]}"; do
