@@ -68,9 +68,16 @@ MUTANTS = [
     Mutant("sde: sign of x0_hat", FLUX, "x0_hat = z_t - t * u_hat", "x0_hat = z_t + t * u_hat", SAMPLER),
     Mutant("sde: sign of the score", FLUX, "score = -(z_t - (1 - t) * x0_hat) / t**2", "score = (z_t - (1 - t) * x0_hat) / t**2", SAMPLER),
     Mutant(
-        "sde: variance instead of standard deviation", FLUX, "std = noise_level * (t - s).sqrt()", "std = noise_level * (t - s)", SAMPLER
+        "sde: variance instead of standard deviation",
+        FLUX,
+        "std = noise_level.to(z_t) * (t - s).sqrt()",
+        "std = noise_level.to(z_t) * (t - s)",
+        SAMPLER,
     ),
-    Mutant("sde: noise level not squared", FLUX, "0.5 * noise_level**2 * score", "0.5 * noise_level * score", SAMPLER),
+    Mutant("sde: noise level not squared", FLUX, "(0.5 * noise_level**2).to(z_t)", "(0.5 * noise_level).to(z_t)", SAMPLER),
+    Mutant("noise levels: without a schedule", FLUX, "factors[args.noise_schedule]", 'factors["constant"]', SAMPLER),
+    Mutant("noise levels: infinite at t = 1", FLUX, "torch.where(t < 1, t, s)", "t", SAMPLER),
+    Mutant("sd: noise levels without a schedule", SD, '"decay": 0.5}', '"decay": 0}', "tests/test_sampler_sd.py"),
     Mutant("sde: log-prob without the standard deviation", FLUX, " - std.log() - 0.5", " - 0.5", SAMPLER),
     Mutant(
         "sde: log-prob summed over elements",
@@ -166,8 +173,8 @@ MUTANTS = [
     Mutant(
         "noise in every step",
         FLUX,
-        "args.noise_level * (step in args.stochastic_steps)",
-        "args.noise_level * (step < args.sampling_steps - 1)",
+        "level if step in args.stochastic_steps else 0.0",
+        "level if step < args.sampling_steps - 1 else 0.0",
         WIRING,
     ),
     Mutant(
@@ -203,8 +210,8 @@ MUTANTS = [
     Mutant(
         "every batch has the first one's trained steps",
         FLUX,
-        "noise_levels, noise, trained_steps[batch])",
-        "noise_levels, noise, trained_steps[: len(batch)])",
+        "levels, noise, trained_steps[batch])",
+        "levels, noise, trained_steps[: len(batch)])",
         WIRING,
     ),
     Mutant(
@@ -323,11 +330,24 @@ MUTANTS = [
         'z_t, t, s = transitions["z_t"], schedule[transitions["step"] - 1], schedule[transitions["step"] + 1]\n    u_hat',
         WIRING,
     ),
+    Mutant(
+        "updates: scored at one noise level",
+        FLUX,
+        't, s, transitions["noise_level"], z_s=',
+        't, s, transitions["noise_level"].mean(), z_s=',
+        WIRING,
+    ),
+    Mutant(
+        "updates: scored at another step's noise level", FLUX, "torch.float64)[trained_steps]", "torch.float64)[trained_steps - 1]", WIRING
+    ),
     Mutant("updates: micro-batches weigh the same", FLUX, "len(batch) / len(pairs))", "args.micro_batch_size / len(pairs))", WIRING),
     Mutant("kl subtracted", FLUX, "loss + args.kl_weight * kl", "loss - args.kl_weight * kl", WIRING),
     Mutant("kl unweighted", FLUX, "loss + args.kl_weight * kl", "loss + kl", WIRING),
     Mutant("kl detached", FLUX, "loss + args.kl_weight * kl", "loss + args.kl_weight * kl.detach()", WIRING),
-    Mutant("kl: not half", FLUX, "(2 * noise_level**2 * (t - s))", "(noise_level**2 * (t - s))", PIECES),
+    Mutant("kl: not half", FLUX, '((2 * transitions["noise_level"] ** 2)', '((transitions["noise_level"] ** 2)', PIECES),
+    Mutant(
+        "kl: one noise level for all", FLUX, 'sde_step(z_t, u, t, s, transitions["noise_level"])', "sde_step(z_t, u, t, s, 0.3)", PIECES
+    ),
     Mutant("kl to the current policy", FLUX, "run.reference.applied(), torch", "nullcontext(run.policy), torch", WIRING),
     Mutant(
         "kl: reference moves along", "fastvideo/parallel/reference.py", "return weight.detach().clone()", "return weight.detach()", WIRING
