@@ -181,6 +181,19 @@ def test_differences_are_paired_and_ties_count_half(found):
     assert "win_rate" not in differences["one"]["base"]["bench"]["diversity.pixels"]
 
 
+@pytest.mark.parametrize(("gain", "low", "high"), [(1.0, 0.541, 1.0), (-1.0, 0.0, 1 - 0.541)])  # of Clopper and Pearson, for 6 of 6
+def test_a_rate_without_exception_has_an_exact_interval(found, gain, low, high):
+    parts, benchmark = found
+    before = parts["base"]["bench"].scores
+    models = {"base": parts["base"], "one": {"bench": Scored({name: values + gain for name, values in before.items()}, {})}}
+    models["base"] = {"bench": Scored(before, {})}
+    plain = summarise(models, [Benchmark("bench", benchmark.rows, ("r", "s"), 2, group="tag")])
+    won = plain["differences"]["one"]["base"]["bench"]["s"]["win_rate"]
+    assert won["interval"] == pytest.approx([low, high], abs=1e-3)
+    assert won["groups"]["b"]["interval"] == pytest.approx([0.025**0.5, 1] if gain > 0 else [0, 1 - 0.025**0.5])
+    assert summarise(models, [benchmark])["differences"]["one"]["base"]["bench"]["s"]["win_rate"]["interval"] is None  # of means of groups
+
+
 # ------------------------------------------------------------------------------------------------------------------------ diversity
 
 
