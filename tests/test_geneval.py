@@ -17,7 +17,8 @@ from fastvideo.rewards.detectors import Detection, instances, load_detector
 from fastvideo.rewards.geneval import Rules, correct, load_geneval, overlap, relations
 from fastvideo.rewards.geneval_colours import COLOURS, ColourNames, cut_out
 from shapes.checker import check, detect
-from shapes.geneval import KINDS
+from shapes.geneval import KINDS, question, questions
+from shapes.prompt_files import RL_THINGS, split
 from shapes.world import RELATIONS, RL_COLOURS, SHAPES, Spec, holds, parse, render
 
 CPU = torch.device("cpu")
@@ -219,6 +220,28 @@ def test_colours_are_those_whose_captions_are_nearest():
 
 
 # ------------------------------------------------------------------------------------------------------- the shapes world's table
+
+
+def test_the_questions_are_as_their_program_writes_them_and_ask_for_no_trained_pair():
+    rows = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
+    trained = split()[0]
+    assert rows == questions(RL_THINGS, trained)
+    pairs = {frozenset(spec.objects) for spec in trained}
+    assert not any(frozenset(parse(row["prompt"]).objects) in pairs for row in rows if len(row["include"]) == 2)
+    assert question("counting", parse("two red circles")) == {
+        "tag": "counting",
+        "include": [{"class": "circle", "count": 2}],
+        "exclude": [{"class": "circle", "count": 3}],
+        "prompt": "two red circles",
+    }
+    assert question("position", parse("a red circle above a blue square"))["include"] == [
+        {"class": "square", "count": 1},
+        {"class": "circle", "count": 1, "position": ["above", 0]},
+    ]
+    assert question("color_attr", parse("a red circle and a blue square"))["include"] == [
+        {"class": "circle", "count": 1, "color": "red"},
+        {"class": "square", "count": 1, "color": "blue"},
+    ]
 
 
 def shown(spec: Spec, row: dict, relations_of: dict[Spec, str]) -> bool:
