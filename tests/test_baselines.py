@@ -381,3 +381,36 @@ def test_the_readme_states_how_many_lines_differ(method):
     parent = f"train_grpo_{method.partition('_')[2]}.py"
     row = re.search(rf"^\| `{method}.py` \|.*\| (\d+) of `{parent}` \|", README.read_text(), re.MULTILINE)
     assert int(row[1]) == changed_lines(parent, f"baselines/{method}.py")
+
+
+# ----------------------------------------------------------------------------------------------------------------------- slow
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_two_processes_make_the_same_training(method, embeddings, tmp_path):
+    """Up to rounding, with half the prompts each."""
+    rows = {}
+    for processes in (1, 2):
+        flags = flags_of(method, embeddings, tmp_path / str(processes))
+        result = run_script(METHODS[method], flags, processes=processes, log=tmp_path / f"{processes}.log")
+        assert result.returncode == 0, result.stderr
+        rows[processes] = metrics_of(tmp_path / str(processes))
+    for one, two in zip(rows[1], rows[2], strict=True):
+        for key in ("reward/aesthetic_mean", "policy/grad_norm"):
+            assert two[key] == pytest.approx(one[key], rel=1e-4 if one["iteration"] == 1 else 1e-3), (one["iteration"], key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [method for method in METHODS if method.endswith("sd")])
+def test_the_taste_rises(method, embeddings, tmp_path):
+    """By more than the mix of prompts moves an iteration's mean, which is about 0.01."""
+    flags = flags_of(method, embeddings, tmp_path / "run") | {"--iterations": 16, "--prompts_per_iteration": 4, "--num_generations": 12}
+    flags |= {"--updates_per_iteration": 1, "--learning_rate": 3e-4, "--lr_warmup_steps": 2, "--checkpoint_every": 100, "--zero_stage": 1}
+    flags |= {"--rollout_batch_size": 48, "--micro_batch_size": 48} | ({"--steps_per_pair": 64} if method == "dpo_sd" else {})
+    result = run_script(METHODS[method], flags, log=tmp_path / "log")
+    assert result.returncode == 0, result.stderr
+    means = [row["reward/aesthetic_mean"] for row in metrics_of(tmp_path / "run")]
+    before, after = sum(means[:4]) / 4, sum(means[-4:]) / 4
+    print(f"{method}: {before:.3f} to {after:.3f}")
+    assert after > before + 0.03
