@@ -1,6 +1,7 @@
 """The geneval reward: its rules on detections, with answers worked out by hand, and its table of the shapes world, counted otherwise."""
 
 import json
+import re
 from collections import defaultdict
 
 import numpy as np
@@ -560,6 +561,25 @@ def test_a_detector_of_ones_own(tmp_path):
 
     with pytest.raises(UserError, match=r"own\.py:load_too_few returned 1 lists for 2 pictures"):
         score(load_rewards(parse_rewards([f"geneval={tmp_path}/own.py:load_too_few"]), CPU, rows), media, rows)
+
+
+def test_the_example_of_the_page(tmp_path):
+    """docs/evaluation_benchmarks.md's detector, on a network that finds a dog in dark pictures and a less certain cat in all."""
+
+    class Network(torch.nn.Module):
+        def forward(self, picture: torch.Tensor) -> torch.Tensor:
+            darkness = 1 - picture.float().mean() / 255
+            dog, cat = torch.tensor([[0, 0, 4, 4, 0.9, 1], [0, 0, 4, 4, 0.5, 0]])
+            return torch.stack([dog * darkness, cat])
+
+    torch.export.save(torch.export.export(Network(), (torch.zeros(8, 8, 3, dtype=torch.uint8),)), tmp_path / "network.pt2")
+    page = (REPOSITORY / "docs" / "evaluation_benchmarks.md").read_text()
+    (code,) = re.findall(r"```python\n(# my_detector\.py\n.*?)```", page, re.DOTALL)
+    (tmp_path / "my_detector.py").write_text(code)
+    media = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    row = {"prompt": "a dog and a cat", "tag": "two_object", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}]}
+    reward = load_rewards(parse_rewards([f"geneval={tmp_path}/my_detector.py:load,weights={tmp_path}/network.pt2"]), CPU, [row])
+    assert score(reward, media, [row] * 2)["geneval"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(
