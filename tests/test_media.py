@@ -81,8 +81,40 @@ def test_labels_stand_whole_beside_the_grid(tmp_path):
 
 def drawn(folder, label: str) -> np.ndarray:
     """What stands below a picture."""
-    save_samples(folder / "grid.png", torch.zeros(1, 3, 128, 128), [label])
-    return np.asarray(Image.open(folder / "grid.png"))[128:]
+    save_samples(folder / "grid.png", torch.zeros(1, 3, 192, 192), [label])
+    return np.asarray(Image.open(folder / "grid.png"))[192:]
+
+
+CAPTION = "a photo of a small red circle to the left of one blue square"
+SCORES = "trained 0.52 1.00 0.48 0.33"
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 512, 512), (3, 9, 32, 32), (3, 1, 32, 32)])
+def test_a_caption_of_60_characters_is_drawn_to_its_last_word(tmp_path, shape):
+    """As training and evaluation label them: another last word is another picture, and that word is where the text ends."""
+    assert len(CAPTION) == 60
+    pixels = {}
+    for label in (CAPTION, f"{SCORES} {CAPTION}"):
+        for last in ("square", "circle", ""):
+            save_samples(tmp_path / "grid.png", torch.ones(1, *shape), [label.removesuffix("square") + last])
+            pixels[last] = np.asarray(Image.open(tmp_path / "grid.png"))
+        assert (pixels["square"] != pixels["circle"]).any()
+        shorter = pixels[""]
+        kept = pixels["square"][: len(shorter)]
+        assert not ((shorter < 128) & (kept >= 128)).any(), "a word more takes none away, as an ellipsis would"
+
+
+def test_letters_of_labels_are_large_enough_to_read(tmp_path):
+    """A capital has 10 pixels where pictures are tiny, and is not lost below large ones; no picture is smoothed."""
+    tiny, large = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 720, 720)
+    tiny[0, :, 5, 7] = 1
+    for media_shown, height, capital in ((tiny, 192, 10), (large, 720, 20)):
+        save_samples(tmp_path / "grid.png", media_shown, ["H"])
+        grid = np.asarray(Image.open(tmp_path / "grid.png"))[..., 0]
+        assert np.flatnonzero((grid[height:] < 100).any(1)).size >= capital
+    save_samples(tmp_path / "grid.png", tiny, [""])
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))[:192, :192, 0]
+    assert (picture[30:36, 42:48] == 255).all() and (picture == 255).sum() == 36
 
 
 def box(font: ImageFont.FreeTypeFont, text: str) -> bytes:
@@ -120,11 +152,11 @@ def test_labels_are_wrapped(text, width):
     text = text.strip()
     font = media.font_of(text)
     lines = media._wrap(text, font, width)
-    assert 1 <= len(lines) <= 3 and all(font.getlength(line) <= width for line in lines)
+    assert 1 <= len(lines) <= 5 and all(font.getlength(line) <= width for line in lines)
     whole = "".join(lines).replace(" ", "")
     if whole.endswith("…"):
-        assert len(lines) == 3 and text.replace(" ", "").startswith(whole[:-1])
-        assert font.getlength(text) > 2 * width  # no line was left half empty, but for the word that did not fit
+        assert len(lines) == 5 and text.replace(" ", "").startswith(whole[:-1])
+        assert font.getlength(text) > 4 * width  # no line was left half empty, but for the word that did not fit
     else:
         assert whole == text.replace(" ", "")
     if "x" not in text:
