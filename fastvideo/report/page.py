@@ -1,0 +1,201 @@
+"""The page: its sections in their order, and its tables."""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastvideo.report import media
+from fastvideo.report.charts import chart
+from fastvideo.report.read import RunFiles, markdown_blocks
+
+POLICY = {
+    "policy/ratio_max_dev": ("max |ratio - 1|", "Before an iteration's first update: 0 up to rounding."),
+    "policy/clip_frac": ("Clip fraction", "Share of transitions whose ratio is outside the clip range."),
+    "policy/approx_kl": ("Approximate KL", "Between the policy that sampled and the one that is updated."),
+    "policy/kl": ("KL to the initial policy", "What --kl_weight weighs."),
+    "policy/grad_norm": ("Gradient norm", "Before it is cut to --max_grad_norm."),
+    "policy/lr": ("Learning rate", ""),
+    "policy/loss": ("Loss", ""),
+    "advantage/abs_mean": ("Mean |advantage|", ""),
+    "reward/zero_std_frac": ("Groups that teach nothing", "Share of prompts whose samples all got the same rewards."),
+}
+COSTS = {
+    "time/iteration_s": ("Seconds an iteration", ""),
+    "throughput/samples_per_s": ("Samples a second", ""),
+    "memory/peak_gib": ("Peak memory, GiB", "Of the fullest process."),
+}
+UNAVERAGED = "policy/lr", "memory/peak_gib"
+HERE = Path(__file__).parent
+
+
+def page(runs: list[RunFiles], window: int, clips: int) -> str:
+    """The whole page as HTML; nothing in it asks for another file."""
+    keys = list(dict.fromkeys(key for run in runs for key in run.metrics()))
+    means = {key: (_reward(key), "") for key in keys if key.startswith(("reward/", "held_out/")) and key.endswith("_mean")}
+    rest = {key: (key, "") for key in keys if key not in means | POLICY | COSTS | {"samples": 0}}
+    data: dict[str, Any] = {}
+
+    def charts(titles: dict[str, tuple[str, str]]) -> str:
+        figures = []
+        for key, (title, note) in titles.items():
+            if key in keys:
+                figure, data[key] = chart(key, title, note, runs, 1 if key in UNAVERAGED else window)
+                figures.append(figure)
+        return f'<div class="charts">{"".join(figures)}</div>'
+
+    reading = f"Thin: each iteration. Thick: mean of the last {window}. Point at a curve for its numbers."
+    drawn = "The same prompts and noise at the first and the last time that samples were drawn, without noise in the steps."
+    sections = [
+        _section("Rewards", reading, _rewards(runs, means, window) + charts(means)),
+        _section("Policy", "", charts(POLICY)),
+        _section("Time and memory", "", _time(runs) + charts(COSTS)),
+        _of_each("Samples", drawn, runs, [media.samples(run, clips) for run in runs]),
+        _of_each("Evaluation", "", runs, [_markdown(run.evaluation()[0]) + media.evaluation(run, clips) for run in runs]),
+        _section("Arguments that differ", "", _differences(runs)) if len(runs) > 1 else "",
+        _section("Manifests", "", "".join(_manifest(run) for run in runs)),
+        _section("All other metrics", "", f"<details><summary>{len(rest)} curves</summary>{charts(rest)}</details>") if rest else "",
+    ]
+    names = ", ".join(run.name for run in runs)
+    shown = json.dumps({"runs": [run.name for run in runs], "charts": data}, allow_nan=False).replace("<", "\\u003c")
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; media-src data:; '
+        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
+        f'<link rel="icon" href="data:,"><title>{escape(names)}</title><style>{(HERE / "page.css").read_text()}</style></head><body>'
+        f"<h1>Training report</h1>{_overview(runs)}{''.join(sections)}"
+        f'<script type="application/json" id="data">{shown}</script><script>{(HERE / "page.js").read_text()}</script></body></html>\n'
+    )
+
+
+def _reward(key: str) -> str:
+    kind, _, name = key.removesuffix("_mean").partition("/")
+    return f"{name} (held out)" if kind == "held_out" else name
+
+
+def _section(title: str, note: str, body: str) -> str:
+    return f"<section><h2>{title}</h2>{f'<p>{note}</p>' if note else ''}{body}</section>"
+
+
+def _of_each(title: str, note: str, runs: list[RunFiles], bodies: list[str]) -> str:
+    """A section with what each run has to show; none if no run has anything."""
+    parts = [f"<h3>{_name(run)}</h3>{body}" for run, body in zip(runs, bodies, strict=True) if body]
+    return _section(title, note, "".join(parts)) if parts else ""
+
+
+def _name(run: RunFiles) -> str:
+    return f'<span class="name"><span class="key c{run.number % 8}"></span>{escape(run.name)}</span>'
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Cells are HTML already."""
+    first = "".join(f"<th>{cell}</th>" for cell in head)
+    others = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+    return f'<div class="scroll"><table><tr>{first}</tr>{"".join(f"<tr>{row}</tr>" for row in others)}</table></div>'
+
+
+def _overview(runs: list[RunFiles]) -> str:
+    rows = []
+    for run in runs:
+        done, of = run.rows[-1]["iteration"], run.arguments.get("iterations")
+        state = f"{done} of {of}" if of else f"{done}"
+        state += ", exported" if (run.folder / "export").is_dir() else ", not at its end" if of and done < of else ""
+        seconds = float(np.nansum(run.series("time/iteration_s")[1]))
+        where = f"{run.manifest['world_size']} x {run.manifest['device']}" if {"world_size", "device"} <= run.manifest.keys() else "?"
+        facts = (run.manifest.get("script", "?"), state, f"{run.rows[-1].get('samples', math.nan):,.0f}", _duration(seconds), where)
+        rows.append([_name(run), *(escape(str(fact)) for fact in facts)])
+    return _table(["run", "script", "iterations", "samples trained on", "time in iterations", "processes"], rows)
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _rewards(runs: list[RunFiles], means: dict[str, tuple[str, str]], window: int) -> str:
+    """Means of the first and the last iterations of each run."""
+    rows = []
+    for key, (title, _) in means.items():
+        for run in runs:
+            values = run.series(key)[1]
+            if values.size:
+                first, last = float(values[:window].mean()), float(values[-window:].mean())
+                rows.append([escape(title), _name(run), *(f"{number:.4f}" for number in (first, last)), f"{last - first:+.4f}"])
+    return _table(["reward", "run", f"mean of the first {window}", f"of the last {window}", "change"], rows)
+
+
+def _time(runs: list[RunFiles]) -> str:
+    """A bar a run: its phases' shares of the mean iteration."""
+    parts = []
+    for run in runs:
+        seconds = {key[5:-2]: float(np.nanmean(run.series(key)[1])) for key in run.metrics() if key.startswith("time/")}
+        whole = seconds.pop("iteration", sum(seconds.values()))
+        seconds["other"] = max(0.0, whole - sum(seconds.values()))
+        shares = {name: 100 * part / whole for name, part in seconds.items()} if whole > 0 else {}
+        bar = "".join(f'<i class="c{i % 8}" style="width:{share:.2f}%"></i>' for i, share in enumerate(shares.values()))
+        keys = "".join(
+            f'<li><span class="key c{i % 8}"></span>{escape(name)} {seconds[name]:.3g} s, {share:.0f} %</li>'
+            for i, (name, share) in enumerate(shares.items())
+        )
+        title = f"<h3>{_name(run)}</h3>" if len(runs) > 1 else ""
+        parts.append(f'{title}<p>A mean iteration takes {whole:.3g} s:</p><div class="bar">{bar}</div><ul class="keys">{keys}</ul>')
+    return "".join(parts)
+
+
+def _markdown(text: str) -> str:
+    parts = []
+    for kind, block in markdown_blocks(text):
+        if kind == "table":
+            parts.append(_table([escape(cell) for cell in block[0]], ([escape(cell) for cell in row] for row in block[1:])))
+        elif block != "Evaluation":
+            parts.append(f"<h4>{escape(block)}</h4>" if kind == "heading" else f"<p>{escape(block)}</p>")
+    return "".join(parts)
+
+
+def _facts(run: RunFiles) -> dict[str, Any]:
+    """What a manifest says, flat; without what differs in any case."""
+    facts = {f"--{name}": value for name, value in run.arguments.items() if name != "output_dir"}
+    facts |= {f"{name} (package)": value for name, value in run.manifest.get("packages", {}).items()}
+    return facts | {name: run.manifest.get(name) for name in ("script", "git", "world_size", "device", "embeddings_digest")}
+
+
+def _differences(runs: list[RunFiles]) -> str:
+    facts = [_facts(run) for run in runs if run.manifest]
+    names = dict.fromkeys(name for part in facts for name in part)
+    rows = [[_code(name), *(_value(part[name]) if name in part else "" for part in facts)] for name in names]
+    rows = [row for row in rows if len(set(row[1:])) > 1]
+    return _table(["", *(_name(run) for run in runs if run.manifest)], rows) if rows else "<p>None.</p>"
+
+
+def _manifest(run: RunFiles) -> str:
+    if not run.manifest:
+        return f"<p>{_name(run)} has no manifest.json.</p>"
+    simple = {name: value for name, value in run.manifest.items() if name not in ("arguments", "packages", "history", "source", "command")}
+    tables = [
+        _table(["argument", "value"], ([_code(f"--{name}"), _value(value)] for name, value in run.arguments.items())),
+        _table(["package", "version"], ([_code(name), _value(value)] for name, value in run.manifest.get("packages", {}).items())),
+        _table(["fact", "value"], ([_code(name), _value(value)] for name, value in simple.items())),
+    ]
+    history = [
+        [
+            _value(start.get("started")),
+            "<br>".join(f"{_code(name)} {_value(start[name])}" for name in start if name not in ("started", "source")),
+        ]
+        for start in run.manifest.get("history", [])
+    ]
+    starts = _table(["earlier start", "what was not the same then"], history) if history else "<p>Started once.</p>"
+    command = f"<pre>{escape(' '.join(map(str, run.manifest.get('command', []))))}</pre>"
+    body = f'{command}<div class="columns">{"".join(tables)}</div>{starts}'
+    return f"<details><summary>{_name(run)}</summary>{body}</details>"
+
+
+def _code(text: str) -> str:
+    return f"<code>{escape(text)}</code>"
+
+
+def _value(value: Any) -> str:
+    return escape(value if isinstance(value, str) else json.dumps(value))
