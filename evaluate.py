@@ -1,15 +1,15 @@
-"""Score a base model, and a trained checkpoint of it, through diffusers' own pipeline with deterministic (ODE) sampling.
+"""Score a base model and trained checkpoints of it through diffusers' own pipeline with deterministic (ODE) sampling.
 
-    python evaluate.py --model shapes/models/flux --checkpoint RUN/export --prompts shapes/prompts/heldout.txt --rewards shapes \\
+    python evaluate.py --model shapes/models/flux --checkpoints RUN/export --prompts shapes/prompts/heldout.txt --rewards shapes \\
         --output_dir EVALUATION
 
-Both models get the same prompts and the same noise. Writes results.json, samples.png and, with a checkpoint, rewards.png (the run's curves
-with the base's noise band). Runs under torchrun too: the processes share the pictures.
+All models get the same prompts and the same noise. Writes results.json, .csv and .md, scores.csv, samples.png and, with one checkpoint,
+rewards.png (the run's curves with the base's noise band): docs/evaluation.md. Run again, it goes on where it was stopped. Runs under
+torchrun too: the processes share the pictures.
 """
 
-import json
-import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,19 +18,24 @@ import tyro
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from tqdm import tqdm
 
-from fastvideo.embeddings.encoders import check_images, read_image
-from fastvideo.embeddings.prompts import read_prompts
+from fastvideo.embeddings.encoders import read_image
 from fastvideo.errors import UserError
-from fastvideo.files import whole_file
+from fastvideo.evaluation import diversity, human_pairs
+from fastvideo.evaluation.checkpoints import BASE, Checkpoint, parse_checkpoints, settings_of_runs
+from fastvideo.evaluation.identity import model_identity
+from fastvideo.evaluation.pictures import save_all, save_grids
+from fastvideo.evaluation.results import Scored, scored, summarise
+from fastvideo.evaluation.store import Job, Store
+from fastvideo.evaluation.tables import print_table, write_tables
+from fastvideo.evaluation.tasks import Task, check_first_frames, find_benchmarks, kept_jobs, key_of, load_tasks, plan
 from fastvideo.flags import check_numbers
-from fastvideo.media import film_strip, save_grid, save_video, to_pil
 from fastvideo.models.families import FAMILIES
 from fastvideo.models.families.family import Family
 from fastvideo.models.model_folder import check_model
 from fastvideo.models.pretrained import load_pipeline, load_pretrained
 from fastvideo.parallel import distributed
-from fastvideo.parallel.distributed import Ranks, keyed_generator
-from fastvideo.rewards import Reward, load_rewards, parse_rewards, score
+from fastvideo.parallel.distributed import Ranks, compute_dtype, keyed_generator
+from fastvideo.rewards import parse_rewards, score
 from fastvideo.runs.tracking import plot_rewards, read_metrics
 
 # Training's times are evenly spaced before the shift, whatever else a folder's scheduler would do with them.
@@ -46,26 +51,38 @@ NUMBERS = {"above 0": " ".join(SAMPLING), "1 or more": "guidance_scale"}
 class Args:
     model: Path
     """Base model folder in diffusers layout."""
-    prompts: Path
-    """Prompt file, .txt or .jsonl."""
-    rewards: tuple[str, ...]
-    """Each NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]."""
     output_dir: Path
-    """Where results.json and the pictures go."""
-    checkpoint: Path | None = None
-    """A run's export/ folder: its weights are evaluated beside the base's, with the sampling settings of the run's manifest."""
+    """Where results and pictures go."""
+    prompts: Path | None = None
+    """Prompt file, .txt or .jsonl, for --rewards: the benchmark that is called "prompts"."""
+    rewards: tuple[str, ...] = ()
+    """Each NAME[=PATH][,OPTION=VALUE...][@THRESHOLD], for --prompts."""
+    benchmarks: tuple[str, ...] = ()
+    """Each NAME=PATH[,OPTION=VALUE...]: published prompts with their rewards, such as geneval=FILE,detector=FOLDER."""
+    checkpoints: tuple[str, ...] = ()
+    """Each [NAME=]RUN/export: weights that are evaluated beside the base's, with the sampling settings of their runs' manifests."""
     num_seeds: int = 3
     """Noise seeds; the spread of the means over them is reported."""
     images_per_prompt: int = 1
-    """Pictures of each prompt for each noise seed."""
+    """Pictures of each of the --prompts for each noise seed."""
     batch_size: int | None = None
     """Pictures or clips sampled at once by each process (default: 16 pictures or 1 clip)."""
+    diversity_clip: Path | None = None
+    """CLIP folder by whose features diversity is measured too (default: that of the reward clip, if there is one)."""
+    save_pictures: bool = False
+    """Keep all pictures, as PNG files, or clips, as mp4."""
+    human_pairs: int = 0
+    """Pairs of two models' pictures that are written for people to judge, the key apart."""
+    human_models: tuple[str, str] | None = None
+    """Whose pictures these are (default: base and the first checkpoint)."""
+    scores_dir: Path | None = None
+    """Where scores are kept as they are made (default: OUTPUT_DIR/scores); evaluations with the same one sample what they share once."""
     vae_tiling: bool = False
     """Decode in tiles, one sample at a time: less memory for long or large clips, and what a run with this flag decoded."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """What the networks compute in (auto: bfloat16 on GPUs, float32 on CPUs)."""
     sampling_steps: int | None = None
-    """Steps from noise to picture (default of this and what follows: the run's, else what its training script has)."""
+    """Steps from noise to picture (default of this and what follows: the runs', else what the training script has)."""
     shift: float | None = None
     """Time shift of a rectified flow's schedule."""
     guidance_scale: float | None = None
@@ -84,61 +101,114 @@ class Args:
     """Tokens of the text encoder."""
 
     def __post_init__(self) -> None:
-        parse_rewards(self.rewards)
-        check_numbers(vars(self), NUMBERS | {"above 0": f"num_seeds images_per_prompt batch_size {NUMBERS['above 0']}"})
+        if not self.prompts and not self.benchmarks:
+            raise UserError("give --prompts and --rewards, or --benchmarks")
+        if self.prompts or self.rewards:
+            specs = parse_rewards(self.rewards)
+            if not self.prompts:
+                raise UserError("--rewards are for --prompts, which are not given: those of --benchmarks bring their own")
+            if reserved := [spec.name for spec in specs if spec.name.startswith(diversity.PREFIX)]:
+                raise UserError(f"--rewards: {reserved[0]} has the name of a measure of diversity: call the function otherwise")
+        names = [BASE, *(checkpoint.name for checkpoint in parse_checkpoints(self.checkpoints))]
+        rules = {"above 0": f"num_seeds images_per_prompt batch_size {NUMBERS['above 0']}", "0 or more": "human_pairs"}
+        check_numbers(vars(self), NUMBERS | rules)
+        if self.human_pairs and len(names) == 1:
+            raise UserError("--human_pairs needs --checkpoints: pairs are of two models' pictures")
+        self.human_models = self.human_models or (names[0], names[-1 if len(names) == 1 else 1])
+        for name in self.human_models:
+            if name not in names:
+                raise UserError(f"--human_models has {name!r}, but the models are {', '.join(names)}")
 
 
 def main() -> None:
     args = tyro.cli(Args, use_underscores=True, console_outputs=distributed.launch_rank() == 0, description=__doc__.splitlines()[0])
     ranks = distributed.init()
     parts = distributed.on_main(lambda: check_model(args.model))
-    rewards = load_rewards(parse_rewards(args.rewards), ranks.device, read_prompts(args.prompts)[0])
+    benchmarks = distributed.on_main(lambda: find_benchmarks(args.prompts, args.rewards, args.images_per_prompt, args.benchmarks))
+    tasks = load_tasks(benchmarks, args.num_seeds, args.diversity_clip, ranks.device)
     without = {"safety_checker": None} if "unet" in parts else {}  # it would blacken pictures, which training does not do
     pipeline = load_pipeline(args.model, args.dtype, ranks.device, **without)
     sampling = sampling_settings(args, pipeline)
     family = family_of(pipeline)
-    rows, report = read_prompts(args.prompts, ("prompt", "image") if family.from_images else ("prompt",))
-    if family.from_images and "image" not in rows[0]:
-        raise UserError(f'--prompts {args.prompts} must be a .jsonl file of objects with a "prompt" and an "image" for {args.model}')
     if family.from_images:
         size = None if args.resize else (sampling["width"], sampling["height"])
-        rows = distributed.on_main(lambda: check_images(rows, report["lines"], str(args.prompts), size))
-    args.batch_size = args.batch_size or batch_size(pictures=sampling.get("num_frames", 1) == 1)
+        rows = distributed.on_main(lambda: [check_first_frames(task.benchmark, args.prompts, size) for task in tasks])
+        tasks = [replace(task, benchmark=replace(task.benchmark, rows=checked)) for task, checked in zip(tasks, rows, strict=True)]
+    clips = sampling.get("num_frames", 1) > 1
+    args.batch_size = args.batch_size or batch_size(pictures=not clips)
     if args.vae_tiling:
         pipeline.vae.enable_tiling()
         pipeline.vae.enable_slicing()
     use_trained_sampler(pipeline, sampling)
-    network = family.network_folder
 
-    results: dict[str, Any] = {
-        "arguments": {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()},
-        "sampling": sampling,
-    }
-    results |= {"prompts": len(rows), "images": len(rows) * args.images_per_prompt * args.num_seeds}
-    media, labels = [], []
-    for name in ("base", "trained") if args.checkpoint else ("base",):
-        if name == "trained":
-            model_class, dtype = type(getattr(pipeline, network)), getattr(pipeline, network).dtype
-            setattr(pipeline, network, None)  # two of them may not fit on one GPU
-            setattr(pipeline, network, load_pretrained(model_class, args.checkpoint, network, "--checkpoint", torch_dtype=dtype))
-            pipeline.to(ranks.device)
-        scores, shown = evaluate(name, pipeline, sampling, rows, rewards, args, ranks)
-        results[name] = {reward: summary(values) for reward, values in scores.items()}
-        media.append(shown)
-        captions = [rows[i % len(rows)]["prompt"] for i in range(len(shown))]
-        first = [" ".join(f"{scores[reward][0][i * args.images_per_prompt]:.2f}" for reward in rewards) for i in range(len(shown))]
-        labels.append([f"{name} {numbers} {caption}" for caption, numbers in zip(captions, first)])
+    settings = sampling | {"dtype": str(compute_dtype(args.dtype, ranks.device)), "device": ranks.device.type}
+    settings |= {"vae_tiling": args.vae_tiling, "resize": args.resize}
+    keys = distributed.on_main(lambda: [key_of(task, settings) for task in tasks])
+    pairs = human_pairs.choose({task.name: task.jobs for task in tasks}, args.human_pairs)
+    found: dict[str, dict[str, Scored]] = {}
+    stores: dict[str, dict[str, Store]] = {}
+    checkpoints = parse_checkpoints(args.checkpoints)
+    models = {BASE: None} | {checkpoint.name: checkpoint.export for checkpoint in checkpoints}
+    kept = {model: kept_jobs(tasks, args.save_pictures, pairs if model in args.human_models else []) for model in models}
+    weights = distributed.on_main(lambda: {model: model_identity(args.model, family, export) for model, export in models.items()})
+    titles = {model: str(export or args.model) for model, export in models.items()}
+    root = args.scores_dir or args.output_dir / "scores"
+    plans = distributed.on_main(
+        lambda: {model: plan(root, titles[model], weights[model], tasks, keys, kept[model], clips) for model in models}
+    )
+    for model, export in models.items():
+        if export and any(todo for _, todo in plans[model]):
+            use_network(pipeline, export, ranks.device)
+        found[model], stores[model] = {}, {}
+        for task, (folder, todo) in zip(tasks, plans[model], strict=True):
+            stores[model][task.name] = store = Store(folder)
+            sample(model, pipeline, sampling, task, todo, kept[model][task.name], store, args.batch_size, ranks)
+            made = {job: record for part in distributed.all_gather_object(store.new) for job, record in part.items()}
+            if ranks.is_main:
+                found[model][task.name] = scored(store.read() | made, task.jobs)
 
     if ranks.is_main:
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        with whole_file(args.output_dir / "results.json") as path:
-            path.write_text(json.dumps(results, indent=2))
-        save_comparison(args.output_dir / "samples.png", media, labels)
+        results: dict[str, Any] = {
+            "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(args).items()},
+            "sampling": sampling,
+            "models": titles,
+            "benchmarks": {task.name: task.facts | {"kind": "clip" if clips else "picture"} for task in tasks},
+        }
+        results |= summarise(found, [task.benchmark for task in tasks])
+        write_tables(args.output_dir, results, found, [task.benchmark for task in tasks])
+        save_grids(args.output_dir, tasks, found, stores, clips)
+        if args.save_pictures:
+            save_all(args.output_dir / "pictures", tasks, stores, clips)
+        if pairs:
+            files = [tuple(stores[model][name].media(job, clips) for model in args.human_models) for name, job in pairs]
+            rows = {task.name: task.benchmark.rows for task in tasks}
+            prompts = [rows[name][job.prompt]["prompt"] for name, job in pairs]
+            print(human_pairs.write_pairs(args.output_dir / "human_pairs", args.human_models, pairs, files, prompts))
         print_table(results)
-        run = args.checkpoint.parent if args.checkpoint else None
-        if run and (run / "metrics.jsonl").exists() and read_metrics(run):
-            plot_rewards(run, args.output_dir / "rewards.png", results)
+        if len(checkpoints) == 1:
+            plot_curves(checkpoints[0], args.output_dir / "rewards.png", results)
         print(f"written to {args.output_dir}")
+
+
+def plot_curves(checkpoint: Checkpoint, path: Path, results: dict[str, Any]) -> None:
+    """The curves of a run that has some, with the rewards of the first benchmark."""
+    if not (checkpoint.run / "metrics.jsonl").exists() or not read_metrics(checkpoint.run):
+        return
+    benchmark = next(iter(results["benchmarks"]))
+    before, after = (results["scores"][model][benchmark] for model in (BASE, checkpoint.name))
+    rewards = [name for name in before if "seed_std" in before[name]]
+    plot_rewards(
+        checkpoint.run, path, {key: {name: part[name] for name in rewards} for key, part in (("base", before), ("trained", after))}
+    )
+
+
+def use_network(pipeline: DiffusionPipeline, export: Path, device: torch.device) -> None:
+    """Put the network of a run's export in the place of the pipeline's."""
+    network = family_of(pipeline).network_folder
+    model_class, dtype = type(getattr(pipeline, network)), getattr(pipeline, network).dtype
+    setattr(pipeline, network, None)  # two of them may not fit on one GPU
+    setattr(pipeline, network, load_pretrained(model_class, export, network, "--checkpoints", torch_dtype=dtype))
+    pipeline.to(device)
 
 
 def family_of(pipeline: DiffusionPipeline) -> Family:
@@ -151,16 +221,6 @@ def batch_size(pictures: bool) -> int:
     return 16 if pictures else 1
 
 
-def save_comparison(path: Path, media: list[torch.Tensor], labels: list[list[str]]) -> None:
-    """A grid of the models' media, a row each; of clips, which are wide, a column each, and an mp4 of each beside it."""
-    if media[0].ndim == 4:
-        return save_grid(path, [to_pil(samples) for samples in media], labels)
-    save_grid(path, list(zip(*map(film_strip, media), strict=True)), list(zip(*labels, strict=True)))
-    for clips, name in zip(media, ("base", "trained")):
-        for i, clip in enumerate(clips):
-            save_video(path.parent / "samples" / f"{name}_{i}.mp4", clip, fps=8)
-
-
 def sampling_settings(args: Args, pipeline: DiffusionPipeline) -> dict[str, Any]:
     """Flags first, then the run's manifest, then defaults of the pipeline. Raises UserError for a flag that the pipeline does not have."""
     family = family_of(pipeline)
@@ -171,21 +231,8 @@ def sampling_settings(args: Args, pipeline: DiffusionPipeline) -> dict[str, Any]
     if "max_sequence_length" in settings:
         limit = getattr(pipeline, family.length_limit).model_max_length
         settings["max_sequence_length"] = min(settings["max_sequence_length"], limit)
-    if args.checkpoint:
-        manifest = args.checkpoint.parent / "manifest.json"
-        if not manifest.is_file():
-            raise UserError(f"--checkpoint {args.checkpoint} must be the export folder inside a run folder: there is no {manifest}")
-        try:
-            of_run = dict(json.loads(manifest.read_bytes())["sampling"])
-            check_numbers({name: of_run.get(name) for name in SAMPLING}, NUMBERS)
-        except (OSError, ValueError, TypeError, KeyError, RecursionError, UserError) as error:
-            raise UserError(f"{manifest} is damaged: {type(error).__name__}: {error}") from error
-        if of_run.keys() != known.keys():
-            raise UserError(
-                f"--checkpoint {args.checkpoint} is not of a {type(pipeline).__name__} as --model {args.model} is: see {manifest}"
-            )
-        settings |= of_run
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    settings |= settings_of_runs(parse_checkpoints(args.checkpoints), type(pipeline).__name__, known, given, NUMBERS)
     for name in given.keys() - known.keys():
         raise UserError(f"--{name} is not a setting of {type(pipeline).__name__}, which has {', '.join(known)}")
     return settings | given
@@ -224,44 +271,28 @@ def media_of(output: Any, sampling: dict[str, Any]) -> torch.Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    name: str, pipeline: DiffusionPipeline, sampling: dict, rows: list[dict], rewards: dict[str, Reward], args: Args, ranks: Ranks
-) -> tuple[dict[str, list[list[float]]], torch.Tensor]:
-    """Collective. Scores of each reward, a list for each noise seed in order of prompt and picture; and media of the first 8 prompts."""
-    jobs = [(seed, prompt, k) for seed in range(args.num_seeds) for prompt in range(len(rows)) for k in range(args.images_per_prompt)]
-    mine, done, shown = jobs[ranks.rank :: ranks.world_size], {}, {}
-    for start in tqdm(range(0, len(mine), args.batch_size), f"evaluating {name}", disable=not ranks.is_main):
-        batch = mine[start : start + args.batch_size]
-        generators = [keyed_generator(seed, "evaluation", prompt, k) for seed, prompt, k in batch]
-        batch_rows = [rows[prompt] for _, prompt, _ in batch]
+def sample(
+    model: str,
+    pipeline: DiffusionPipeline,
+    sampling: dict[str, Any],
+    task: Task,
+    todo: list[Job],
+    kept: Collection[Job],
+    store: Store,
+    batch_size: int,
+    ranks: Ranks,
+) -> None:
+    """This process's share of the jobs to do: sample, score, and add to the store; of those in `kept` the pictures as well."""
+    mine, rows = todo[ranks.rank :: ranks.world_size], task.benchmark.rows
+    for start in tqdm(range(0, len(mine), batch_size), f"{model} on {task.name}", disable=not ranks.is_main or not mine):
+        batch = mine[start : start + batch_size]
+        generators = [keyed_generator(job.seed, "evaluation", job.prompt, job.k) for job in batch]
+        batch_rows = [rows[job.prompt] for job in batch]
         media = media_of(pipeline(**pipeline_arguments(pipeline, sampling, batch_rows), generator=generators), sampling)
-        scores = score(rewards, media, batch_rows)
-        for i, job in enumerate(batch):
-            done[job] = {reward: values[i].item() for reward, values in scores.items()}
-            if job[0] == 0 and job[1] < 8 and job[2] == 0:
-                shown[job] = media[i].cpu()
-    done = {job: values for part in distributed.all_gather_object(done) for job, values in part.items()}
-    shown = {job: one for part in distributed.all_gather_object(shown) for job, one in part.items()}
-    per_seed = len(jobs) // args.num_seeds
-    scores = {reward: [[done[job][reward] for job in jobs[i : i + per_seed]] for i in range(0, len(jobs), per_seed)] for reward in rewards}
-    return scores, torch.stack([shown[job] for job in sorted(shown)])
-
-
-def summary(values: list[list[float]]) -> dict[str, Any]:
-    """Mean of all; mean of each noise seed, and their standard deviation (0 for one seed)."""
-    seed_means = [statistics.fmean(part) for part in values]
-    spread = statistics.stdev(seed_means) if len(seed_means) > 1 else 0.0
-    return {"mean": statistics.fmean(seed_means), "seed_std": spread, "seed_means": seed_means}
-
-
-def print_table(results: dict[str, Any]) -> None:
-    models = [name for name in ("base", "trained") if name in results]
-    print(f"\n{results['images']} pictures of {results['prompts']} prompts; mean +- standard deviation over noise seeds")
-    print(f"{'reward':<16}" + "".join(f"{name:>20}" for name in models) + (f"{'difference':>14}" if len(models) == 2 else ""))
-    for reward in results["base"]:
-        cells = [f"{results[name][reward]['mean']:.4f} +- {results[name][reward]['seed_std']:.4f}" for name in models]
-        difference = f"{results['trained'][reward]['mean'] - results['base'][reward]['mean']:>+14.4f}" if len(models) == 2 else ""
-        print(f"{reward:<16}" + "".join(f"{cell:>20}" for cell in cells) + difference)
+        for job, one in zip(batch, media):
+            if job in kept:
+                store.add_media(job, one)
+        store.add(batch, score(task.rewards, media, batch_rows), {name: measure(media) for name, measure in task.features.items()})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ twelve single objects, among them every colour, and twelve of the pairs of objec
 no file has both orders.
 Of clips (video_train.txt, video_heldout.txt): all that `VIDEO_SPECS` says, a third of it held out. The same captions with the image
 that the clip begins with: i2v_train.jsonl, two images a caption, and i2v_heldout.jsonl, one.
+GenEval's questions (geneval.jsonl), twelve of each of the six kinds, about the same four colours; no pair of them is in train.txt.
 """
 
 import json
@@ -19,6 +20,7 @@ import torch
 
 from fastvideo.media import to_pil
 from shapes import video
+from shapes.geneval import questions
 from shapes.video import FRAMES, MOTIONS, VIDEO_SPECS, VideoSpec, render_clips, tracks
 from shapes.world import RL_COLOURS, SHAPES, Spec, caption
 
@@ -71,6 +73,7 @@ def main() -> None:
         write_lines(folder / f"{name}.txt", [caption(spec) for spec in specs])
         write_lines(folder / f"video_{name}.txt", [video.caption(spec) for spec in video_specs])
         write_image_prompts(folder, f"i2v_{name}", video_specs, images_each, rng)
+    write_lines(folder / "geneval.jsonl", [json.dumps(row) for row in questions(RL_THINGS, split()[0])])
 
 
 if __name__ == "__main__":

@@ -40,6 +40,17 @@ def encoder_fingerprint(model_dir: str | Path, subfolders: tuple[str, ...], **se
     return fingerprint | settings
 
 
+def content_digest(path: Path) -> str:
+    """The "sha256:..." of a file's contents, or of names and contents of all files below a folder. UserError for what cannot be read."""
+    try:
+        if path.is_file():
+            return "sha256:" + _sha256(path)
+        listing = "".join(f"{file.relative_to(path)} {_sha256(file)}\n" for file in sorted(path.rglob("*")) if file.is_file())
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    return "sha256:" + hashlib.sha256(listing.encode()).hexdigest()
+
+
 def loaded_files(folder: Path) -> list[str]:
     """The names of the files that diffusers and transformers read in `folder`: settings, vocabulary, safetensors.
 

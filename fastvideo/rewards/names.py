@@ -33,9 +33,11 @@ REWARDS: dict[str, str | Callable] = {  # name -> loader, or MODULE:LOADER
     "videoalign.vq": "fastvideo.rewards.videoalign:load_videoalign_vq",
     "videoalign.mq": "fastvideo.rewards.videoalign:load_videoalign_mq",
     "videoalign.ta": "fastvideo.rewards.videoalign:load_videoalign_ta",
+    "geneval": "fastvideo.rewards.geneval:load_geneval",
     "http": "fastvideo.rewards.http:load_http",
 }
 FORM = "NAME[=PATH][,OPTION=VALUE...][@THRESHOLD]"
+WORDS = re.compile(r"(?P<name>[^=@,]+)(=(?P<path>.*?))?(?P<options>(,\w+=[^,@]*)*)(@(?P<threshold>[^@/]+))?")  # of FORM
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def parse_rewards(texts: Sequence[str]) -> list[RewardSpec]:
     specs = []
     for text in texts:
         file, words = split_file(text)
-        match = re.fullmatch(r"(?P<name>[^=@,]+)(=(?P<path>.*?))?(?P<options>(,\w+=[^,@]*)*)(@(?P<threshold>[^@/]+))?", words)
+        match = WORDS.fullmatch(words)
         name = metric_name(text)
         if not file and not _entry(name):
             known = [other for other in REWARDS if other.startswith(f"{name}.")] or REWARDS
@@ -121,14 +123,22 @@ def _entry(name: str) -> str | Callable | None:
     return REWARDS.get(name) or REWARDS.get(name.rpartition(".")[0])
 
 
+def split_options(words: str, text: str) -> dict[str, str]:
+    """`",fps=4,norm=0"` of `text` -> `{"fps": "4", "norm": "0"}`. Raises UserError for an option that stands twice."""
+    options = {}
+    for option, value in (word.split("=", 1) for word in words.split(",")[1:]):
+        if option in options:
+            raise UserError(f"--rewards: {text!r} gives the option {option!r} twice")
+        options[option] = value
+    return options
+
+
 def _options(name: str, loader: Callable, words: str, text: str) -> dict[str, Any]:
     """`",fps=4"` -> `{"fps": 4.0}`, of the type of the default that the reward's loader has for it."""
     parameters = list(inspect.signature(loader).parameters.values())[2:]
     defaults = {parameter.name: parameter.default for parameter in parameters}
     options = {}
-    for option, value in (word.split("=", 1) for word in words.split(",")[1:]):
-        if option in options:
-            raise UserError(f"--rewards: {text!r} gives the option {option!r} twice")
+    for option, value in split_options(words, text).items():
         if option not in defaults:
             raise UserError(f"--rewards: {text!r} has an unknown option {option!r}; {name} knows {', '.join(defaults) or 'none'}")
         kind = type(defaults[option])

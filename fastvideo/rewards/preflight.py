@@ -17,7 +17,7 @@ KNOWN = {
     "ocr": SIGN,
 }
 SMALL = ("shapes", "shapes_strict", "aesthetic", "motion", "visual")  # take nothing but 32 x 32
-UNCHECKED = {"fidelity", "http"}  # by `preflight_alone`: more than a prompt is needed, or another server, which checks itself
+UNCHECKED = {"fidelity", "geneval", "http"}  # by `preflight_alone`: more than a prompt is needed, or another server, which checks itself
 
 
 def preflight(rewards: dict[str, Reward], media: torch.Tensor, row: dict) -> None:
