@@ -27,8 +27,15 @@ def samples(run: RunFiles, clips: int) -> str:
 def evaluation(run: RunFiles, clips: int) -> str:
     """The grids of RUN/evaluation, and the first `clips` clips of each model."""
     _, paths, found = run.evaluation()
-    pairs = [[_clip(path, model) for model, paths in found.items() for path in paths[i : i + 1]] for i in range(clips)]
+    pairs = [[_clip(path, _label(path)) for paths in found.values() for path in paths[i : i + 1]] for i in range(clips)]
     return _shown([_grid(path, path.stem) for path in paths], [(pair, "") for pair in pairs])
+
+
+def _label(clip: Path) -> str:
+    """What stands below the frames of a clip that is called `MODEL_NUMBER.mp4`: the model, its scores, the prompt."""
+    model, _, number = clip.stem.rpartition("_")
+    lines = [line for line in lines_of(clip.parent.with_suffix(".txt")) if line.startswith(f"{model} ")]
+    return lines[int(number)] if int(number) < len(lines) else model
 
 
 def _shown(grids: list[str], clips: list[tuple[list[str], str]]) -> str:
@@ -70,6 +77,6 @@ def _clip(path: Path, caption: str) -> str:
         return ""
     data = base64.b64encode(path.read_bytes()).decode()
     return (
-        f'<figure><video muted loop playsinline controls preload="auto" src="data:video/mp4;base64,{data}"></video>'
+        f'<figure><video muted loop playsinline preload="auto" src="data:video/mp4;base64,{data}"></video>'
         f"<figcaption>{escape(caption)}</figcaption></figure>"
     )

@@ -6,7 +6,7 @@ for (const plot of document.querySelectorAll(".plot")) {
   const [cursor, tip] = [plot.querySelector(".cursor"), plot.querySelector(".tip")];
   const nearest = (x, at) => x.reduce((best, value, i) => (Math.abs(value - at) < Math.abs(x[best] - at) ? i : best), 0);
   const line = (...parts) => tip.appendChild(document.createElement("div")).append(...parts);
-  plot.addEventListener("pointermove", (event) => {
+  const show = (event) => {
     const box = plot.getBoundingClientRect();
     const place = Math.min(1, Math.max(0, (event.clientX - box.left) / box.width));
     const found = curves.map((curve) => [curve, nearest(curve.x, first + place * (last - first))]);
@@ -24,7 +24,9 @@ for (const plot of document.querySelectorAll(".plot")) {
     tip.style.left = across < 50 ? `calc(${across}% + 10px)` : "auto";
     tip.style.right = across < 50 ? "auto" : `calc(${100 - across}% + 10px)`;
     plot.classList.add("hover");
-  });
+  };
+  plot.addEventListener("pointermove", show);
+  plot.addEventListener("pointerdown", show);
   plot.addEventListener("pointerleave", () => plot.classList.remove("hover"));
 }
 
@@ -39,6 +41,8 @@ const seen = new IntersectionObserver((entries) => {
 for (const video of document.querySelectorAll("video")) {
   video.addEventListener("loadedmetadata", () => video.classList.toggle("tiny", video.videoWidth < 128));
   if (video.readyState) video.classList.toggle("tiny", video.videoWidth < 128);
+  video.addEventListener("pointerenter", () => (video.controls = true)); // they hide much of a small clip
+  video.addEventListener("pointerleave", () => (video.controls = false));
   seen.observe(video);
 }
 

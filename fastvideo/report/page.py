@@ -1,7 +1,6 @@
 """The page: its sections in their order, and its tables."""
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
@@ -39,6 +38,7 @@ def page(runs: list[RunFiles], window: int, clips: int) -> str:
     means = {key: (_reward(key), "") for key in keys if key.startswith(("reward/", "held_out/")) and key.endswith("_mean")}
     rest = {key: (key, "") for key in keys if key not in means | POLICY | COSTS | {"samples": 0}}
     data: dict[str, Any] = {}
+    legend = f'<ul class="keys">{"".join(f"<li>{_name(run)}</li>" for run in runs)}</ul>' if len(runs) > 1 else ""
 
     def charts(titles: dict[str, tuple[str, str]]) -> str:
         figures = []
@@ -46,9 +46,12 @@ def page(runs: list[RunFiles], window: int, clips: int) -> str:
             if key in keys:
                 figure, data[key] = chart(key, title, note, runs, 1 if key in UNAVERAGED else window)
                 figures.append(figure)
-        return f'<div class="charts">{"".join(figures)}</div>'
+        return f'{legend}<div class="charts">{"".join(figures)}</div>'
 
-    reading = f"Thin: each iteration. Thick: mean of the last {window}. Point at a curve for its numbers."
+    reading = (
+        f"Thin: each iteration. Thick: mean of the last {window}. Point at a curve for its numbers. "
+        f"The table has means of the first and the last {window} iterations, or of the halves of a shorter run."
+    )
     drawn = "The same prompts and noise at the first and the last time that samples were drawn, without noise in the steps."
     sections = [
         _section("Rewards", reading, _rewards(runs, means, window) + charts(means)),
@@ -88,14 +91,14 @@ def _of_each(title: str, note: str, runs: list[RunFiles], bodies: list[str]) -> 
 
 
 def _name(run: RunFiles) -> str:
-    return f'<span class="name"><span class="key c{run.number % 8}"></span>{escape(run.name)}</span>'
+    return f'<span class="key c{run.number % 8}"></span>{escape(run.name)}'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Cells are HTML already."""
-    first = "".join(f"<th>{cell}</th>" for cell in head)
-    others = ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
-    return f'<div class="scroll"><table><tr>{first}</tr>{"".join(f"<tr>{row}</tr>" for row in others)}</table></div>'
+    lines = [("th", head), *(("td", row) for row in rows)]
+    body = "".join(f"<tr>{''.join(f'<{tag}>{cell}</{tag}>' for cell in cells)}</tr>" for tag, cells in lines)
+    return f'<div class="scroll"><table>{body}</table></div>'
 
 
 def _overview(runs: list[RunFiles]) -> str:
@@ -106,7 +109,8 @@ def _overview(runs: list[RunFiles]) -> str:
         state += ", exported" if (run.folder / "export").is_dir() else ", not at its end" if of and done < of else ""
         seconds = float(np.nansum(run.series("time/iteration_s")[1]))
         where = f"{run.manifest['world_size']} x {run.manifest['device']}" if {"world_size", "device"} <= run.manifest.keys() else "?"
-        facts = (run.manifest.get("script", "?"), state, f"{run.rows[-1].get('samples', math.nan):,.0f}", _duration(seconds), where)
+        samples = f"{run.rows[-1]['samples']:,}" if "samples" in run.rows[-1] else "?"
+        facts = (run.manifest.get("script", "?"), state, samples, _duration(seconds), where)
         rows.append([_name(run), *(escape(str(fact)) for fact in facts)])
     return _table(["run", "script", "iterations", "samples trained on", "time in iterations", "processes"], rows)
 
@@ -117,15 +121,17 @@ def _duration(seconds: float) -> str:
 
 
 def _rewards(runs: list[RunFiles], means: dict[str, tuple[str, str]], window: int) -> str:
-    """Means of the first and the last iterations of each run."""
+    """Means of the first and the last `window` iterations of each run, or of its halves."""
     rows = []
     for key, (title, _) in means.items():
         for run in runs:
             values = run.series(key)[1]
             if values.size:
-                first, last = float(values[:window].mean()), float(values[-window:].mean())
-                rows.append([escape(title), _name(run), *(f"{number:.4f}" for number in (first, last)), f"{last - first:+.4f}"])
-    return _table(["reward", "run", f"mean of the first {window}", f"of the last {window}", "change"], rows)
+                count = min(window, -(-values.size // 2))
+                first, last = float(values[:count].mean()), float(values[-count:].mean())
+                named = [_name(run)] if len(runs) > 1 else []
+                rows.append([escape(title), *named, f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}"])
+    return _table(["reward", *(["run"] if len(runs) > 1 else []), "at the start", "at the end", "change"], rows)
 
 
 def _time(runs: list[RunFiles]) -> str:
@@ -136,13 +142,15 @@ def _time(runs: list[RunFiles]) -> str:
         whole = seconds.pop("iteration", sum(seconds.values()))
         seconds["other"] = max(0.0, whole - sum(seconds.values()))
         shares = {name: 100 * part / whole for name, part in seconds.items()} if whole > 0 else {}
-        bar = "".join(f'<i class="c{i % 8}" style="width:{share:.2f}%"></i>' for i, share in enumerate(shares.values()))
+        paint = [f"opacity:{max(0.15, 1 - 0.2 * i):.2g}" for i in range(len(shares))]
+        bar = "".join(f'<i style="width:{share:.2f}%;{shade}"></i>' for share, shade in zip(shares.values(), paint))
         keys = "".join(
-            f'<li><span class="key c{i % 8}"></span>{escape(name)} {seconds[name]:.3g} s, {share:.0f} %</li>'
-            for i, (name, share) in enumerate(shares.items())
+            f'<li><span class="key" style="{shade}"></span>{escape(name)} {seconds[name]:.3g} s, {share:.0f} %</li>'
+            for (name, share), shade in zip(shares.items(), paint)
         )
         title = f"<h3>{_name(run)}</h3>" if len(runs) > 1 else ""
-        parts.append(f'{title}<p>A mean iteration takes {whole:.3g} s:</p><div class="bar">{bar}</div><ul class="keys">{keys}</ul>')
+        split = f'<div class="bar">{bar}</div><ul class="keys">{keys}</ul>'
+        parts.append(f'{title}<div class="c{run.number % 8}"><p>A mean iteration takes {whole:.3g} s:</p>{split}</div>')
     return "".join(parts)
 
 
@@ -189,7 +197,7 @@ def _manifest(run: RunFiles) -> str:
     ]
     starts = _table(["earlier start", "what was not the same then"], history) if history else "<p>Started once.</p>"
     command = f"<pre>{escape(' '.join(map(str, run.manifest.get('command', []))))}</pre>"
-    body = f'{command}<div class="columns">{"".join(tables)}</div>{starts}'
+    body = f'{command}<div class="columns">{"".join(tables)}{starts}</div>'
     return f"<details><summary>{_name(run)}</summary>{body}</details>"
 
 
