@@ -40,6 +40,8 @@ class ModelFlags:
     """Steps from noise to picture (T)."""
     noise_level: float = 1.0
     """Noise of the sampling SDE, epsilon_t in Eq. 7: the paper's Table 6 has 0.3, its released code 1, which is DDPM and the most."""
+    noise_schedule: Literal["constant", "decay"] = "constant"
+    """Epsilon_t is noise_level, as DDIM's eta; or noise_level in the first step, and falls as the square root of the time left."""
     guidance_scale: float = 5.0
     """Classifier-free guidance, within the policy: what is sampled and scored is the guided prediction (1: none, at half the cost)."""
     height: int = 512
@@ -144,30 +146,35 @@ def time_schedule(num_steps: int, model: Path) -> Schedule:
     return Schedule(t, alpha_bar_t, alpha_bar_s, prediction == "v_prediction")
 
 
+def noise_levels(schedule: Schedule, args: Args) -> list[float]:
+    """Epsilon_t of each transition, T numbers, 0 for a DDIM step."""
+    levels = args.noise_level * (schedule.timesteps / schedule.timesteps[0]).double() ** {"constant": 0, "decay": 0.5}[args.noise_schedule]
+    return [level if step in args.stochastic_steps else 0.0 for step, level in enumerate(levels.tolist())]
+
+
 def sde_step(
     z_t: Tensor,
     eps_hat: Tensor,
     alpha_bar_t: Tensor,
     alpha_bar_s: Tensor,
-    noise_level: float,
+    noise_level: float | Tensor,
     z_s: Tensor | None = None,
     noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """One transition of the diffusion SDE in DDIM's discrete form: draws z_s from `noise`, or scores a given `z_s`.
 
-    z_t, eps_hat, z_s, noise: (B, ...) float32. alpha_bar_t < alpha_bar_s: scalars or (B,), in (0, 1]. noise_level: 0 (DDIM) to 1 (DDPM).
-    Returns z_s; its log-probability (B,), the mean over elements (None at noise_level 0); and x0_hat.
+    z_t, eps_hat, z_s, noise: (B, ...) float32. alpha_bar_t < alpha_bar_s in (0, 1], noise_level, 0 (DDIM) to 1 (DDPM): scalars or (B,).
+    Returns z_s, its log-probability (B,) as the mean over elements, and x0_hat; without `noise` and `z_s` the mean, None, and x0_hat.
     """
-    shape = -1, *[1] * (z_t.ndim - 1)
-    alpha_bar_t, alpha_bar_s = (torch.as_tensor(v, dtype=z_t.dtype, device=z_t.device).reshape(shape) for v in (alpha_bar_t, alpha_bar_s))
+    coefficients = (torch.as_tensor(v, dtype=z_t.dtype, device=z_t.device) for v in (alpha_bar_t, alpha_bar_s, noise_level))
+    alpha_bar_t, alpha_bar_s, noise_level = (v.reshape(-1, *[1] * (z_t.ndim - 1)) for v in coefficients)
     x0_hat = (z_t - (1 - alpha_bar_t).sqrt() * eps_hat) / alpha_bar_t.sqrt()  # Eq. 1
     # Eq. 7 in discrete form: https://arxiv.org/abs/2010.02502, Eq. 16 and 12
     std = noise_level * ((1 - alpha_bar_s) / (1 - alpha_bar_t) * (1 - alpha_bar_t / alpha_bar_s)).sqrt()
     mean = alpha_bar_s.sqrt() * x0_hat + (1 - alpha_bar_s - std**2).sqrt() * eps_hat
-    if noise_level == 0:
-        return mean, None, x0_hat  # Eq. 2
-    if z_s is None:
-        z_s = mean + std * noise
+    if noise is None and z_s is None:
+        return mean, None, x0_hat  # Eq. 2 at noise_level 0
+    z_s = mean + std * noise if z_s is None else z_s
     log_prob = -((z_s - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return z_s, log_prob.flatten(1).mean(1), x0_hat
 
@@ -234,9 +241,10 @@ def rollout(
 
     cond: tensors (B, ...). z_1: (B, *latent) float32. schedule: of T steps. noise_levels: T numbers, 0 for a DDIM step.
     generators: B torch.Generator, for the noise of each sample's steps. trained_steps: (B, K) step indices.
-    Returns the trajectories, {"step", "old_log_prob": (B, K), "z_t", "z_s": (B, K, *latent)}, and the clean latents (B, *latent).
+    Returns trajectories, {"step", "noise_level", "old_log_prob": (B, K), "z_t", "z_s": (B, K, *latent)}, and clean latents (B, *latent).
     """
-    kept = {"step": trained_steps, "old_log_prob": z_1.new_zeros(trained_steps.shape)}
+    levels = z_1.new_tensor(noise_levels, dtype=torch.float64)[trained_steps]
+    kept = {"step": trained_steps, "noise_level": levels, "old_log_prob": z_1.new_zeros(trained_steps.shape)}
     kept |= {name: z_1.new_zeros(*trained_steps.shape, *z_1.shape[1:]) for name in ("z_t", "z_s")}
     z_t = z_1
     for step, noise_level in enumerate(noise_levels):
@@ -323,21 +331,20 @@ def pick(trajectory: dict, cond: dict, sample: Tensor, k: Tensor, num_generation
     return transitions, {name: tensor[sample // num_generations] for name, tensor in cond.items()}
 
 
-def score_transitions(unet: nn.Module, transitions: dict, cond: dict, schedule: Schedule, noise_level: float) -> tuple[Tensor, Tensor]:
+def score_transitions(unet: nn.Module, transitions: dict, cond: dict, schedule: Schedule) -> tuple[Tensor, Tensor]:
     """log_prob (B,) under the UNet's weights of transitions as `rollout` keeps them, each tensor (B, ...); and its eps_hat."""
     z_t, step = transitions["z_t"], transitions["step"]
     eps_hat = predict(unet, z_t, step, schedule, cond)
-    alpha_bars = schedule.alpha_bar_t[step], schedule.alpha_bar_s[step]
-    return sde_step(z_t, eps_hat, *alpha_bars, noise_level, z_s=transitions["z_s"])[1], eps_hat
+    coefficients = schedule.alpha_bar_t[step], schedule.alpha_bar_s[step], transitions["noise_level"]
+    return sde_step(z_t, eps_hat, *coefficients, z_s=transitions["z_s"])[1], eps_hat
 
 
-def reference_kl(transitions: dict, schedule: Schedule, eps_hat: Tensor, noise_level: float) -> Tensor:
+def reference_kl(transitions: dict, schedule: Schedule, eps_hat: Tensor) -> Tensor:
     """KL to the initial policy, whose prediction is transitions["u_ref"], |mean - mean_ref|^2 / (2 std^2), mean over elements and batch."""
     step, zeros = transitions["step"], torch.zeros_like(transitions["z_t"])
-    alpha_bars = schedule.alpha_bar_t[step], schedule.alpha_bar_s[step]
-    predictions = eps_hat, transitions["u_ref"]
-    mean, mean_ref = (sde_step(transitions["z_t"], eps, *alpha_bars, noise_level, noise=zeros)[0] for eps in predictions)
-    std = sde_step(zeros, zeros, *alpha_bars, noise_level, noise=torch.ones_like(zeros))[0]
+    coefficients = schedule.alpha_bar_t[step], schedule.alpha_bar_s[step], transitions["noise_level"]
+    mean, mean_ref = (sde_step(transitions["z_t"], eps, *coefficients)[0] for eps in (eps_hat, transitions["u_ref"]))
+    std = sde_step(zeros, zeros, *coefficients, noise=torch.ones_like(zeros))[0]
     return ((mean - mean_ref).square() / (2 * std**2)).mean()
 
 
@@ -407,15 +414,14 @@ def draw_steps(samples: list[tuple], run: Run) -> Tensor:
 def sample_groups(samples: list, cond: dict, trained_steps: Tensor, schedule: Schedule, shape: tuple, run: Run) -> dict:
     """`rollout` of all samples, in batches: their trajectories {name: (samples, K, ...)}, and clean latents "x0_hat" (samples, *shape)."""
     args, parts = run.args, []
-    noise_levels = [args.noise_level * (step in args.stochastic_steps) for step in range(args.sampling_steps)]
     with run.sampling():
         for batch in run.batches(len(samples)):
             keys = [samples[i] for i in batch]
             initial = run.generators("initial_noise", [key[:1] if args.shared_noise else key for key in keys])
             z_1 = torch.stack([torch.randn(shape, generator=generator) for generator in initial]).to(run.device)
             batch_cond = {name: tensor[batch.to(run.device) // args.num_generations] for name, tensor in cond.items()}
-            noise = run.generators("step_noise", keys)
-            kept, x0_hat = rollout(run.policy, batch_cond, z_1, schedule, noise_levels, noise, trained_steps[batch])
+            noise, levels = run.generators("step_noise", keys), noise_levels(schedule, args)
+            kept, x0_hat = rollout(run.policy, batch_cond, z_1, schedule, levels, noise, trained_steps[batch])
             parts.append(kept | {"x0_hat": x0_hat})
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 
@@ -462,7 +468,7 @@ def score_before_updates(updates: list[Tensor], trajectory: dict, cond: dict, sc
         with network as scorer:
             for pairs in [batch for update in updates for batch in update.split(args.micro_batch_size)]:
                 transitions, pair_cond = pick(trajectory, cond, *pairs.T, args.kept_generations)
-                log_prob, u_hat = score_transitions(scorer, transitions, pair_cond, schedule, args.noise_level)
+                log_prob, u_hat = score_transitions(scorer, transitions, pair_cond, schedule)
                 trajectory[name][tuple(pairs.T)] = log_prob if name == "old_log_prob" else u_hat
 
 
@@ -471,10 +477,10 @@ def update_policy(pairs: Tensor, trajectory: dict, cond: dict, advantages: Tenso
     args = run.args
     for batch in pairs.split(args.micro_batch_size):
         transitions, pair_cond = pick(trajectory, cond, *batch.T, args.kept_generations)
-        log_prob, u_hat = score_transitions(run.policy, transitions, pair_cond, schedule, args.noise_level)
+        log_prob, u_hat = score_transitions(run.policy, transitions, pair_cond, schedule)
         loss, stats = grpo_loss(log_prob, transitions["old_log_prob"], advantages[batch[:, 0]], args.clip_range)
         if args.kl_weight:
-            kl = reference_kl(transitions, schedule, u_hat, args.noise_level)
+            kl = reference_kl(transitions, schedule, u_hat)
             stats["kl"], loss = kl.detach(), loss + args.kl_weight * kl
         run.backward(loss, stats, len(batch) / len(pairs))
 

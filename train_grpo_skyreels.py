@@ -45,6 +45,8 @@ class ModelFlags:
     """Time shift of the schedule: above 1 it spends more steps at high noise."""
     noise_level: float = 0.3
     """Noise of the sampling SDE, epsilon_t in Eq. 8."""
+    noise_schedule: Literal["constant", "decay", "flow_grpo"] = "constant"
+    """Epsilon_t is noise_level times 1; sqrt(t), its square falling linearly as DDPM's betas do; or Flow-GRPO's sqrt(t / (1 - t))."""
     guidance_scale: float = 5.0
     """Classifier-free guidance, within the policy: what is sampled and scored is the guided prediction (1: none, at half the cost)."""
     embedded_guidance: float = 1.0
@@ -109,13 +111,11 @@ class Args(ModelFlags, AlgorithmFlags, RunFlags):
         (start, count), most = self.sde_window or (0, self.sampling_steps - 1), self.sampling_steps - 1  # the last is never stochastic
         if start < 0 or count < 1 or start + count > most:
             raise UserError(f"--sde_window {start} {count} must lie within the first {most} of --sampling_steps {self.sampling_steps}")
-        schedule = time_schedule(self.sampling_steps, self.shift).tolist()
-        worst = max(self.noise_level**2 * (schedule[i] - schedule[i + 1]) / (2 * schedule[i] ** 2) for i in self.stochastic_steps)
+        schedule = time_schedule(self.sampling_steps, self.shift)
+        worst = (torch.tensor(noise_levels(schedule, self)) ** 2 * -schedule.diff() / (2 * schedule[:-1] ** 2)).max().item()
         if worst > 0.5:  # the SDE's drift overshoots in one step: Euler-Maruyama is unstable
-            warn(
-                f"noise_level^2 * delta / (2 t^2) reaches {worst:.2f}, and sampling breaks down towards 1: lower --noise_level "
-                f"{self.noise_level}, raise --sampling_steps {self.sampling_steps}, or choose an earlier --sde_window"
-            )
+            cure = f"lower --noise_level {self.noise_level}, raise --sampling_steps {self.sampling_steps}, or take an earlier --sde_window"
+            warn(f"noise_level^2 * delta / (2 t^2) reaches {worst:.2f}, and sampling breaks down towards 1: {cure}")
 
     @property
     def kept_generations(self) -> int:
@@ -138,23 +138,31 @@ def time_schedule(num_steps: int, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+def noise_levels(schedule: Tensor, args: Args) -> list[float]:
+    """Epsilon_t of each transition, T numbers, 0 for an Euler step. Flow-GRPO's takes 1 - t of the next time where t is 1, to be finite."""
+    t, s = schedule[:-1].double(), schedule[1:].double()
+    factors = {"constant": torch.ones_like(t), "decay": t.sqrt(), "flow_grpo": (t / (1 - torch.where(t < 1, t, s))).sqrt()}
+    levels = args.noise_level * factors[args.noise_schedule]
+    return [level if step in args.stochastic_steps else 0.0 for step, level in enumerate(levels.tolist())]
+
+
 def sde_step(
-    z_t: Tensor, u_hat: Tensor, t: Tensor, s: Tensor, noise_level: float, z_s: Tensor | None = None, noise: Tensor | None = None
+    z_t: Tensor, u_hat: Tensor, t: Tensor, s: Tensor, noise_level: float | Tensor, z_s: Tensor | None = None, noise: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """One transition of the rectified-flow SDE from time t to s < t: draws z_s from `noise`, or scores a given `z_s`.
 
-    z_t, u_hat, z_s, noise: (B, ...) float32. t, s: scalars or (B,), 1 >= t > s >= 0.
-    Returns z_s; its log-probability (B,), the mean over elements (None at noise_level 0, where the step is Euler's); and x0_hat.
+    z_t, u_hat, z_s, noise: (B, ...) float32. t, s, noise_level: scalars or (B,), 1 >= t > s >= 0.
+    Returns z_s, its log-probability (B,) as the mean over elements, and x0_hat; without `noise` and `z_s` the mean, None, and x0_hat.
     """
     t, s = (torch.as_tensor(v, dtype=z_t.dtype, device=z_t.device).reshape(-1, *[1] * (z_t.ndim - 1)) for v in (t, s))
+    noise_level = torch.as_tensor(noise_level, dtype=torch.float64, device=z_t.device).reshape(-1, *[1] * (z_t.ndim - 1))
     x0_hat = z_t - t * u_hat  # Eq. 3, with u = eps - x
-    if noise_level == 0:
-        return z_t + u_hat * (s - t), None, x0_hat  # Eq. 4
     score = -(z_t - (1 - t) * x0_hat) / t**2  # of N((1 - t) x, t^2 I), below Eq. 8
-    mean = z_t + (u_hat - 0.5 * noise_level**2 * score) * (s - t)  # Eq. 8, drift
-    std = noise_level * (t - s).sqrt()  # Eq. 8, diffusion
-    if z_s is None:
-        z_s = mean + std * noise
+    mean = z_t + (u_hat - (0.5 * noise_level**2).to(z_t) * score) * (s - t)  # Eq. 8, drift; Eq. 4 at noise_level 0
+    if noise is None and z_s is None:
+        return mean, None, x0_hat
+    std = noise_level.to(z_t) * (t - s).sqrt()  # Eq. 8, diffusion
+    z_s = mean + std * noise if z_s is None else z_s
     log_prob = -((z_s - mean) ** 2) / (2 * std**2) - std.log() - 0.5 * math.log(2 * math.pi)
     return z_s, log_prob.flatten(1).mean(1), x0_hat
 
@@ -235,9 +243,10 @@ def rollout(
 
     cond: tensors (B, ...). z_1: (B, *latent) float32. schedule: (T + 1,). noise_levels: T numbers, 0 for an Euler step.
     generators: B torch.Generator, for the noise of each sample's steps. trained_steps: (B, K) step indices.
-    Returns the trajectories, {"step", "old_log_prob": (B, K), "z_t", "z_s": (B, K, *latent)}, and the clean latents (B, *latent).
+    Returns trajectories, {"step", "noise_level", "old_log_prob": (B, K), "z_t", "z_s": (B, K, *latent)}, and clean latents (B, *latent).
     """
-    kept = {"step": trained_steps, "old_log_prob": z_1.new_zeros(trained_steps.shape)}
+    levels = z_1.new_tensor(noise_levels, dtype=torch.float64)[trained_steps]
+    kept = {"step": trained_steps, "noise_level": levels, "old_log_prob": z_1.new_zeros(trained_steps.shape)}
     kept |= {name: z_1.new_zeros(*trained_steps.shape, *z_1.shape[1:]) for name in ("z_t", "z_s")}
     z_t = z_1
     for step, noise_level in enumerate(noise_levels):
@@ -324,18 +333,18 @@ def pick(trajectory: dict, cond: dict, sample: Tensor, k: Tensor, num_generation
     return transitions, {name: tensor[sample // num_generations] for name, tensor in cond.items()}
 
 
-def score_transitions(transformer: nn.Module, transitions: dict, cond: dict, schedule: Tensor, noise_level: float) -> tuple[Tensor, Tensor]:
+def score_transitions(transformer: nn.Module, transitions: dict, cond: dict, schedule: Tensor) -> tuple[Tensor, Tensor]:
     """log_prob (B,) under the transformer's weights of transitions as `rollout` keeps them, each tensor (B, ...); and its u_hat."""
     z_t, t, s = transitions["z_t"], schedule[transitions["step"]], schedule[transitions["step"] + 1]
     u_hat = predict(transformer, z_t, t, cond)
-    return sde_step(z_t, u_hat, t, s, noise_level, z_s=transitions["z_s"])[1], u_hat
+    return sde_step(z_t, u_hat, t, s, transitions["noise_level"], z_s=transitions["z_s"])[1], u_hat
 
 
-def reference_kl(transitions: dict, schedule: Tensor, u_hat: Tensor, noise_level: float) -> Tensor:
+def reference_kl(transitions: dict, schedule: Tensor, u_hat: Tensor) -> Tensor:
     """KL to the initial policy, whose prediction is transitions["u_ref"], |mean - mean_ref|^2 / (2 std^2), mean over elements and batch."""
     z_t, t, s = transitions["z_t"], schedule[transitions["step"]], schedule[transitions["step"] + 1]
-    mean, mean_ref = (sde_step(z_t, u, t, s, noise_level, noise=torch.zeros_like(z_t))[0] for u in (u_hat, transitions["u_ref"]))
-    return ((mean - mean_ref).square().flatten(1).mean(1) / (2 * noise_level**2 * (t - s))).mean()
+    mean, mean_ref = (sde_step(z_t, u, t, s, transitions["noise_level"])[0] for u in (u_hat, transitions["u_ref"]))
+    return ((mean - mean_ref).square().flatten(1).mean(1) / ((2 * transitions["noise_level"] ** 2).to(t) * (t - s))).mean()
 
 
 # 7. Algorithm 1 =======================================================================================================
@@ -404,15 +413,14 @@ def draw_steps(samples: list[tuple], run: Run) -> Tensor:
 def sample_groups(samples: list, cond: dict, trained_steps: Tensor, schedule: Tensor, shape: tuple, run: Run) -> dict:
     """`rollout` of all samples, in batches: their trajectories {name: (samples, K, ...)}, and clean latents "x0_hat" (samples, *shape)."""
     args, parts = run.args, []
-    noise_levels = [args.noise_level * (step in args.stochastic_steps) for step in range(args.sampling_steps)]
     with run.sampling():
         for batch in run.batches(len(samples)):
             keys = [samples[i] for i in batch]
             initial = run.generators("initial_noise", [key[:1] if args.shared_noise else key for key in keys])
             z_1 = torch.stack([torch.randn(shape, generator=generator) for generator in initial]).to(run.device)
             batch_cond = {name: tensor[batch.to(run.device) // args.num_generations] for name, tensor in cond.items()}
-            noise = run.generators("step_noise", keys)
-            kept, x0_hat = rollout(run.policy, batch_cond, z_1, schedule, noise_levels, noise, trained_steps[batch])
+            noise, levels = run.generators("step_noise", keys), noise_levels(schedule, args)
+            kept, x0_hat = rollout(run.policy, batch_cond, z_1, schedule, levels, noise, trained_steps[batch])
             parts.append(kept | {"x0_hat": x0_hat})
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 
@@ -459,7 +467,7 @@ def score_before_updates(updates: list[Tensor], trajectory: dict, cond: dict, sc
         with network as scorer:
             for pairs in [batch for update in updates for batch in update.split(args.micro_batch_size)]:
                 transitions, pair_cond = pick(trajectory, cond, *pairs.T, args.kept_generations)
-                log_prob, u_hat = score_transitions(scorer, transitions, pair_cond, schedule, args.noise_level)
+                log_prob, u_hat = score_transitions(scorer, transitions, pair_cond, schedule)
                 trajectory[name][tuple(pairs.T)] = log_prob if name == "old_log_prob" else u_hat
 
 
@@ -468,10 +476,10 @@ def update_policy(pairs: Tensor, trajectory: dict, cond: dict, advantages: Tenso
     args = run.args
     for batch in pairs.split(args.micro_batch_size):
         transitions, pair_cond = pick(trajectory, cond, *batch.T, args.kept_generations)
-        log_prob, u_hat = score_transitions(run.policy, transitions, pair_cond, schedule, args.noise_level)
+        log_prob, u_hat = score_transitions(run.policy, transitions, pair_cond, schedule)
         loss, stats = grpo_loss(log_prob, transitions["old_log_prob"], advantages[batch[:, 0]], args.clip_range)
         if args.kl_weight:
-            kl = reference_kl(transitions, schedule, u_hat, args.noise_level)
+            kl = reference_kl(transitions, schedule, u_hat)
             stats["kl"], loss = kl.detach(), loss + args.kl_weight * kl
         run.backward(loss, stats, len(batch) / len(pairs))
 

@@ -69,7 +69,7 @@ def launch_settings(model: FullSize, flags: list[str]) -> tuple[ModuleType, Any,
     rewards = re.search(r"^rewards=\((.*)\)$", text, re.MULTILINE)
     command = text[text.index("exec python ") :].replace("\\\n", "").replace('"${rewards[@]}"', rewards[1] if rewards else "")
     command = shlex.split(command.replace("${VIDEOALIGN:-}", "x").replace("${HPS:-}", "x").replace("${CLIP:-}", "x"))
-    given = command[command.index(f"$repository/{model.script}.py") + 1 : -1]  # the last is "$@"
+    given = command[next(i for i, word in enumerate(command) if f"{model.script}.py" in word) + 1 : -1]  # the last is "$@"
     given += ["--output_dir", "run", *(word for name, value in model.flags.items() for word in (f"--{name}", str(value)))]
     module = importlib.import_module(model.script)
     args = tyro.cli(module.Args, use_underscores=True, args=[*given, *flags])
@@ -113,7 +113,7 @@ def measure(module: ModuleType, model: FullSize, args: Any, sp_size: int) -> dic
             def update() -> None:
                 transitions, pair_cond = module.pick(trajectory, cond, pairs, pairs, args.kept_generations)
                 before = memory.alive
-                log_prob, _ = module.score_transitions(network, transitions, pair_cond, schedule, args.noise_level)
+                log_prob, _ = module.score_transitions(network, transitions, pair_cond, schedule)
                 found["saved"] = memory.alive - before
                 module.grpo_loss(log_prob, transitions["old_log_prob"], pairs.float(), args.clip_range)[0].backward()
 

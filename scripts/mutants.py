@@ -44,6 +44,7 @@ SD = "train_grpo_sd.py"
 SKYREELS = "train_grpo_skyreels.py"
 WAN = "train_grpo_wan.py"
 RUN = "fastvideo/runs/run.py"
+UPDATE_STATISTICS = "fastvideo/runs/statistics.py"
 CHECKPOINT = "fastvideo/runs/checkpoint.py"
 GUARDS = "fastvideo/runs/guards.py"
 ZERO = "fastvideo/parallel/zero.py"
@@ -68,9 +69,16 @@ MUTANTS = [
     Mutant("sde: sign of x0_hat", FLUX, "x0_hat = z_t - t * u_hat", "x0_hat = z_t + t * u_hat", SAMPLER),
     Mutant("sde: sign of the score", FLUX, "score = -(z_t - (1 - t) * x0_hat) / t**2", "score = (z_t - (1 - t) * x0_hat) / t**2", SAMPLER),
     Mutant(
-        "sde: variance instead of standard deviation", FLUX, "std = noise_level * (t - s).sqrt()", "std = noise_level * (t - s)", SAMPLER
+        "sde: variance instead of standard deviation",
+        FLUX,
+        "std = noise_level.to(z_t) * (t - s).sqrt()",
+        "std = noise_level.to(z_t) * (t - s)",
+        SAMPLER,
     ),
-    Mutant("sde: noise level not squared", FLUX, "0.5 * noise_level**2 * score", "0.5 * noise_level * score", SAMPLER),
+    Mutant("sde: noise level not squared", FLUX, "(0.5 * noise_level**2).to(z_t)", "(0.5 * noise_level).to(z_t)", SAMPLER),
+    Mutant("noise levels: without a schedule", FLUX, "factors[args.noise_schedule]", 'factors["constant"]', SAMPLER),
+    Mutant("noise levels: infinite at t = 1", FLUX, "torch.where(t < 1, t, s)", "t", SAMPLER),
+    Mutant("sd: noise levels without a schedule", SD, '"decay": 0.5}', '"decay": 0}', "tests/test_sampler_sd.py"),
     Mutant("sde: log-prob without the standard deviation", FLUX, " - std.log() - 0.5", " - 0.5", SAMPLER),
     Mutant(
         "sde: log-prob summed over elements",
@@ -166,8 +174,8 @@ MUTANTS = [
     Mutant(
         "noise in every step",
         FLUX,
-        "args.noise_level * (step in args.stochastic_steps)",
-        "args.noise_level * (step < args.sampling_steps - 1)",
+        "level if step in args.stochastic_steps else 0.0",
+        "level if step < args.sampling_steps - 1 else 0.0",
         WIRING,
     ),
     Mutant(
@@ -203,8 +211,8 @@ MUTANTS = [
     Mutant(
         "every batch has the first one's trained steps",
         FLUX,
-        "noise_levels, noise, trained_steps[batch])",
-        "noise_levels, noise, trained_steps[: len(batch)])",
+        "levels, noise, trained_steps[batch])",
+        "levels, noise, trained_steps[: len(batch)])",
         WIRING,
     ),
     Mutant(
@@ -323,11 +331,24 @@ MUTANTS = [
         'z_t, t, s = transitions["z_t"], schedule[transitions["step"] - 1], schedule[transitions["step"] + 1]\n    u_hat',
         WIRING,
     ),
+    Mutant(
+        "updates: scored at one noise level",
+        FLUX,
+        't, s, transitions["noise_level"], z_s=',
+        't, s, transitions["noise_level"].mean(), z_s=',
+        WIRING,
+    ),
+    Mutant(
+        "updates: scored at another step's noise level", FLUX, "torch.float64)[trained_steps]", "torch.float64)[trained_steps - 1]", WIRING
+    ),
     Mutant("updates: micro-batches weigh the same", FLUX, "len(batch) / len(pairs))", "args.micro_batch_size / len(pairs))", WIRING),
     Mutant("kl subtracted", FLUX, "loss + args.kl_weight * kl", "loss - args.kl_weight * kl", WIRING),
     Mutant("kl unweighted", FLUX, "loss + args.kl_weight * kl", "loss + kl", WIRING),
     Mutant("kl detached", FLUX, "loss + args.kl_weight * kl", "loss + args.kl_weight * kl.detach()", WIRING),
-    Mutant("kl: not half", FLUX, "(2 * noise_level**2 * (t - s))", "(noise_level**2 * (t - s))", PIECES),
+    Mutant("kl: not half", FLUX, '((2 * transitions["noise_level"] ** 2)', '((transitions["noise_level"] ** 2)', PIECES),
+    Mutant(
+        "kl: one noise level for all", FLUX, 'sde_step(z_t, u, t, s, transitions["noise_level"])', "sde_step(z_t, u, t, s, 0.3)", PIECES
+    ),
     Mutant("kl to the current policy", FLUX, "run.reference.applied(), torch", "nullcontext(run.policy), torch", WIRING),
     Mutant(
         "kl: reference moves along", "fastvideo/parallel/reference.py", "return weight.detach().clone()", "return weight.detach()", WIRING
@@ -392,7 +413,7 @@ MUTANTS = [
     Mutant(
         "run: ratio not checked",
         RUN,
-        "if len(self.norms) == 1 and self.iteration == self.done + 1:",
+        'if len(self.norms) == 1 and self.iteration == self.done + 1 and "ratio_max_dev" in stats:',
         "if False:",
         f"{TRAIN} -k stops_all",
     ),
@@ -412,12 +433,18 @@ MUTANTS = [
     ),
     Mutant(
         "run: metrics of one process",
-        RUN,
-        "stats = [row for rows in distributed.all_gather_object(own) for row in rows]",
-        "stats = own * self.ranks.world_size",
+        UPDATE_STATISTICS,
+        "rows = [row for rows in gathered for row in rows]",
+        "rows = gathered[0] * len(gathered)",
         WIRING,
     ),
-    Mutant("run: metrics without shares", RUN, 'sum(row[name] * row["share"] for row in stats)', "sum(row[name] for row in stats)", WIRING),
+    Mutant(
+        "run: metrics without shares",
+        UPDATE_STATISTICS,
+        'sum(row[name] * row["share"] for row in rows)',
+        "sum(row[name] for row in rows)",
+        WIRING,
+    ),
     Mutant(
         "run: captions of other pictures",
         RUN,
@@ -589,8 +616,8 @@ MUTANTS = [
     Mutant(
         "shapes: pictures half as bright",
         "shapes/rewards.py",
-        "media.detach().float().cpu() / 2 + 0.5",
-        "media.detach().float().cpu() / 2",
+        "(media.float().cpu() / 2 + 0.5).clamp(0, 1)",
+        "(media.float().cpu() / 2).clamp(0, 1)",
         WIRING,
     ),
     # Prompts, evaluation
@@ -625,29 +652,29 @@ MUTANTS = [
     Mutant(
         "evaluation: equal noise for all pictures of a prompt",
         "evaluate.py",
-        '"evaluation", prompt, k)',
-        '"evaluation", prompt)',
+        '"evaluation", job.prompt, job.k)',
+        '"evaluation", job.prompt)',
         "tests/test_evaluate.py -k each_picture",
     ),
     Mutant(
         "evaluation: equal noise for all seeds",
         "evaluate.py",
-        'keyed_generator(seed, "evaluation"',
+        'keyed_generator(job.seed, "evaluation"',
         'keyed_generator(0, "evaluation"',
         "tests/test_evaluate.py -k each_picture",
     ),
     Mutant(
         "evaluation: scores of other seeds",
-        "evaluate.py",
-        "per_seed = len(jobs) // args.num_seeds",
-        "per_seed = len(jobs) // args.images_per_prompt",
+        "fastvideo/evaluation/results.py",
+        ".reshape(shape).swapaxes(0, 1) for name in",
+        ".reshape(shape) for name in",
         "tests/test_evaluate.py -k each_picture",
     ),
     Mutant(
         "evaluation: spread of a population",
-        "evaluate.py",
-        "spread = statistics.stdev(seed_means)",
-        "spread = statistics.pstdev(seed_means)",
+        "fastvideo/evaluation/results.py",
+        "statistics.stdev(seed_means)",
+        "statistics.pstdev(seed_means)",
         "tests/test_evaluate.py -k results_and_pictures",
     ),
     # Guards

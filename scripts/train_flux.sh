@@ -14,6 +14,7 @@
 #   MODEL=models/FLUX.1-dev EMBEDDINGS=runs/embeddings/flux HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip bash scripts/train_flux.sh --output_dir runs/flux
 #
 # On each of 4 nodes also set NNODES=4, NODE_RANK and MASTER_ADDR. On one node add --lora_rank 32 --learning_rate 1e-4.
+# SCRIPT=baselines/ddpo_flux.py and the like train by another method (baselines/README.md).
 # GPUS is the number of processes on a node (8). On CPUs: DS_ACCELERATOR=cpu GPUS=2. Its process ID is the one to signal: it saves and stops.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
@@ -22,7 +23,7 @@ rewards=(--rewards "hpsv2=${HPS:-}" "clip=${CLIP:-}" --reward_weights 0.7 1.4)
 need MODEL EMBEDDINGS ${rewards:+HPS CLIP}
 python "$repository/preprocess/check_model.py" "$MODEL" --family flux --use training
 exec python "$repository/scripts/launch.py" "${rendezvous[@]}" --nproc_per_node "${GPUS:-8}" \
-    "$repository/train_grpo_flux.py" --model "$MODEL" --embeddings "$EMBEDDINGS" \
+    "$repository/${SCRIPT:-train_grpo_flux.py}" --model "$MODEL" --embeddings "$EMBEDDINGS" \
     "${rewards[@]}" \
     --iterations 300 --prompts_per_iteration 32 --num_generations 12 --updates_per_iteration 4 \
     --height 720 --width 720 --sampling_steps 16 --shift 3 --noise_level 0.3 --timestep_fraction 0.6 --embedded_guidance 3.5 \

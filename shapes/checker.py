@@ -3,9 +3,11 @@
 `check` answers GenEval's questions. `aesthetic` is a taste that knows nothing of captions.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from fastvideo.errors import UserError
 from shapes.world import COLOURS, PIXEL_X, PIXEL_Y, SHAPES, SIZE, Spec, holds, signed_distance
@@ -34,10 +36,14 @@ class Detection:
     overlap: float
 
 
+def check_shape(shape: Sequence[int]) -> None:
+    if tuple(shape[1:]) != (3, SIZE, SIZE):
+        raise UserError(f"the shapes checker reads pictures of 3 x {SIZE} x {SIZE}, not {' x '.join(map(str, shape[1:]))}")
+
+
 def background_of(images: np.ndarray) -> np.ndarray:
     """Median colour of the outermost pixels: (N, 3, SIZE, SIZE) -> (N, 3, 1, 1)."""
-    if images.shape[1:] != (3, SIZE, SIZE):
-        raise UserError(f"the shapes checker reads pictures of 3 x {SIZE} x {SIZE}, not {' x '.join(map(str, images.shape[1:]))}")
+    check_shape(images.shape)
     border = np.concatenate([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], axis=2)
     return np.median(border, axis=2)[:, :, None, None]
 
@@ -146,20 +152,28 @@ def check(images: np.ndarray, specs: list[Spec]) -> dict[str, np.ndarray]:
 
 
 def aesthetic(images: np.ndarray) -> np.ndarray:
-    """A taste, blind to captions: (N, 3, SIZE, SIZE) in [0, 1] -> (N,) float32 in [0, 1], continuous in the pixels.
+    """`taste` of NumPy's arrays."""
+    return taste(torch.from_numpy(images)).numpy()
+
+
+def taste(images: torch.Tensor) -> torch.Tensor:
+    """A taste, blind to captions: (N, 3, SIZE, SIZE) in [0, 1] -> (N,) in [0, 1], continuous in the pixels, with gradients.
 
     What it likes: objects that cover about 35 % of the picture (weight 0.3), a flat, clean background (0.25), vivid, saturated
     objects (0.25), and objects centred as a whole (0.2). It is no judgement of beauty: only something to train towards.
     """
-    background = background_of(images)
-    objectness = np.clip((_length(images - background, axis=1) - 0.2) / 0.2, 0, 1)  # (N, SIZE, SIZE), 1 on objects, 0 on background
+    check_shape(images.shape)
+    border = torch.cat([images[:, :, 0], images[:, :, -1], images[:, :, :, 0], images[:, :, :, -1]], dim=2)
+    background = border.sort(2).values[:, :, 2 * SIZE - 1 : 2 * SIZE + 1].mean(2)[:, :, None, None]  # as `background_of`
+    distance = torch.linalg.vector_norm(images - background, dim=1)  # whose gradient at 0 is 0
+    objectness = ((distance - 0.2) / 0.2).clamp(0, 1)  # (N, SIZE, SIZE), 1 on objects, 0 on background
     total = objectness.sum((1, 2)) + 1e-6
-    some = np.clip(total / MIN_AREA, 0, 1)  # no object: nothing vivid or centred
-    size = np.exp(-(((objectness.mean((1, 2)) - 0.35) / 0.15) ** 2))
-    deviation = np.abs(images - background).mean(1) * (1 - objectness)
-    clean = np.exp(-20 * deviation.sum((1, 2)) / ((1 - objectness).sum((1, 2)) + MIN_AREA))
-    saturation = (images.max(1) - images.min(1)) / (images.max(1) + 1e-3)
+    some = (total / MIN_AREA).clamp(0, 1)  # no object: nothing vivid or centred
+    size = (-(((objectness.mean((1, 2)) - 0.35) / 0.15) ** 2)).exp()
+    deviation = (images - background).abs().mean(1) * (1 - objectness)
+    clean = (-20 * deviation.sum((1, 2)) / ((1 - objectness).sum((1, 2)) + MIN_AREA)).exp()
+    saturation = (images.amax(1) - images.amin(1)) / (images.amax(1) + 1e-3)
     vivid = some * (saturation * objectness).sum((1, 2)) / total
-    off_centre = [((objectness * pixel).sum((1, 2)) / total - SIZE / 2) for pixel in (PIXEL_X, PIXEL_Y)]
-    centred = some * np.exp(-((np.hypot(*off_centre) / 6) ** 2))
-    return (0.3 * size + 0.25 * clean + 0.25 * vivid + 0.2 * centred).astype(np.float32)
+    x, y = ((objectness * torch.from_numpy(pixel).to(images)).sum((1, 2)) / total - SIZE / 2 for pixel in (PIXEL_X, PIXEL_Y))
+    centred = some * (-(x**2 + y**2) / 6**2).exp()
+    return 0.3 * size + 0.25 * clean + 0.25 * vivid + 0.2 * centred

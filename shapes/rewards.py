@@ -7,7 +7,7 @@ from PIL import Image
 from fastvideo.errors import UserError
 from fastvideo.rewards import Reward
 from shapes import video_checker
-from shapes.checker import aesthetic, check
+from shapes.checker import check, taste
 from shapes.video import parse_video
 from shapes.world import SIZE, parse
 
@@ -28,15 +28,15 @@ def load_shapes_strict(path: str | None, device: torch.device) -> Reward:
 
 
 def load_aesthetic(path: str | None, device: torch.device) -> Reward:
-    """A taste that doesn't read the caption, in [0, 1]: large, vivid, centred objects, clean background; see `shapes.checker.aesthetic`.
+    """A taste that doesn't read the caption, in [0, 1]: large, vivid, centred objects, clean background; see `shapes.checker.taste`.
 
-    A clip has the mean of its frames.
+    A clip has the mean of its frames. Gradients flow to media that require them.
     """
     _takes_no_path("aesthetic", path)
 
     def reward(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
-        frames = _pixels(media if media.ndim == 4 else media.transpose(1, 2).flatten(0, 1))
-        return torch.from_numpy(aesthetic(frames)).view(len(rows), -1).mean(1)
+        frames = _unit_range(media if media.ndim == 4 else media.transpose(1, 2).flatten(0, 1))
+        return taste(frames).view(len(rows), -1).mean(1)
 
     return reward
 
@@ -101,7 +101,12 @@ def _clips(name: str, media: torch.Tensor) -> np.ndarray:
 
 def _pixels(media: torch.Tensor) -> np.ndarray:
     """Pictures or clips in [-1, 1] on any device -> the same in [0, 1] as NumPy."""
-    return (media.detach().float().cpu() / 2 + 0.5).clamp(0, 1).numpy()
+    return _unit_range(media.detach()).numpy()
+
+
+def _unit_range(media: torch.Tensor) -> torch.Tensor:
+    """[-1, 1] on any device -> [0, 1] on the CPU, float32."""
+    return (media.float().cpu() / 2 + 0.5).clamp(0, 1)
 
 
 def _takes_no_path(name: str, path: str | None) -> None:

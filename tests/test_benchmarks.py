@@ -143,13 +143,13 @@ def test_memory_counts_what_real_tensors_take(family, checkpointing):
     assert 0.5 * most < found["decoding"] <= most
     first = torch.zeros(2, dtype=torch.long)
     transitions, pair_cond = module.pick(trajectory, cond, first, first, args.kept_generations)
-    _, saved, (log_prob, u_hat) = allocated(module.score_transitions, network, transitions, pair_cond, schedule, args.noise_level)
+    _, saved, (log_prob, u_hat) = allocated(module.score_transitions, network, transitions, pair_cond, schedule)
     assert found["saved"] == pytest.approx(saved, rel=0.001)
     del log_prob, u_hat
 
     def update() -> None:
         transitions, pair_cond = module.pick(trajectory, cond, first, first, args.kept_generations)
-        log_prob, _ = module.score_transitions(network, transitions, pair_cond, schedule, args.noise_level)
+        log_prob, _ = module.score_transitions(network, transitions, pair_cond, schedule)
         module.grpo_loss(log_prob, transitions["old_log_prob"], torch.ones(2), args.clip_range)[0].backward()
 
     most, _, _ = allocated(update)

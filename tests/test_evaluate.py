@@ -1,20 +1,31 @@
 """evaluate.py: base and trained model get the same noise, whatever the number of processes, with the run's sampling settings."""
 
+import csv
 import json
+import re
 import shutil
+import statistics
+import subprocess
+import sys
+import time
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import EVALUATE, MODEL, REPOSITORY, launch, run_script
+from conftest import EVALUATE, MODEL, REPOSITORY, launch, run_script, start_forked
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import evaluate as script
+from fastvideo.errors import UserError
+from fastvideo.evaluation import human_pairs
 from fastvideo.evaluation.benchmarks import Benchmark
 from fastvideo.evaluation.diversity import load_features
 from fastvideo.evaluation.results import scored
+from fastvideo.evaluation.statistics import margins
 from fastvideo.evaluation.store import Job, Record, Store
 from fastvideo.evaluation.tasks import Task
 from fastvideo.media import to_pil
@@ -151,6 +162,154 @@ def test_each_picture_of_each_seed_has_noise_of_its_own(tmp_path):
     for job in jobs:
         assert read[job].scores["brightness"] == pytest.approx(whole[job].scores["brightness"], abs=1e-5)
         assert (read[job].features["diversity.pixels"] == whole[job].features["diversity.pixels"]).all()
+
+
+def sampled(scores: Path) -> list[tuple]:
+    """The jobs that stand in a folder of stores, each as often as it was sampled."""
+    whole = [(file.parent.name, line) for file in scores.glob("*/*.jsonl") for line in file.read_text().split("\n")[:-1]]
+    return [(store, *json.loads(line)["job"]) for store, line in whole]
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(results_of_run, finished_run, prompt_file, tmp_path):
+    flags = {"--model": MODEL, "--prompts": prompt_file, "--rewards": ("aesthetic", "shapes"), "--num_seeds": 2, "--batch_size": 3}
+    flags |= {"--checkpoints": trained(finished_run), "--output_dir": tmp_path / "evaluation"}
+    (process,) = start_forked(EVALUATE, flags, log=tmp_path / "killed")
+    scores = tmp_path / "evaluation" / "scores"
+    while len(sampled(scores)) < 24:  # all of the base's, and some of the checkpoint's
+        assert process.exitcode is None, (tmp_path / "killed.0.stderr").read_text()
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    before = len(sampled(scores))
+    assert before < 40
+    for file in scores.glob("*/*.jsonl"):
+        with file.open("a") as lines:
+            lines.write('{"job": [0, 9')  # as if that had been while it wrote
+    result = run_script(EVALUATE, flags, log=tmp_path / "again")
+    assert result.returncode == 0, result.stderr
+    assert f"{MODEL} on prompts: 20 of 20 are in {scores}" in result.stdout
+    assert f"{finished_run}/export on prompts: {before - 20} of 20 are in {scores}" in result.stdout
+    assert_equal_scores(json.loads((scores.parent / "results.json").read_text()), results_of_run[0])
+    assert len(sampled(scores)) == len(set(sampled(scores))) == 40
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(evaluate, results_of_run, finished_run, prompt_file, tmp_path_factory):
+    """Evaluated with what `results_of_run` has: results, folder, and what the scores' folder had and has."""
+    run = tmp_path_factory.mktemp("other") / "finished"  # of the same name, which is taken
+    shutil.copytree(finished_run / "export", run / "export")
+    shutil.copy(finished_run / "manifest.json", run)
+    weights = run / "export" / "transformer" / "diffusion_pytorch_model.safetensors"
+    save_file({name: 1.1 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    scores = tmp_path_factory.mktemp("scores") / "scores"
+    shutil.copytree(results_of_run[1] / "scores", scores)
+    before = sampled(scores)
+    flags = {"--checkpoints": (finished_run / "export", run / "export"), "--scores_dir": scores}
+    results, folder = evaluate(flags)
+    return results, folder, before, flags
+
+
+def test_another_checkpoint_is_sampled_alone(two_checkpoints, results_of_run):
+    results, _, before, flags = two_checkpoints
+    after = sampled(flags["--scores_dir"])
+    assert (len(before), len(after), len(set(after))) == (40, 60, 60)
+    assert len({store for store, *_ in after} - {store for store, *_ in before}) == 1
+    assert [*results["scores"]] == ["base", "finished", "finished_2"]
+    for name, earlier in (("base", "base"), ("finished", "trained")):
+        for reward, entry in results_of_run[0]["scores"][earlier]["prompts"].items():
+            found = results["scores"][name]["prompts"][reward]
+            assert found == entry | {"interval": pytest.approx(entry["interval"], rel=1e-12)}
+    assert {model: [*others] for model, others in results["differences"].items()} == {
+        "finished": ["base"],
+        "finished_2": ["base", "finished"],
+    }
+
+
+def test_tables_agree_with_each_other_and_with_the_pictures_scores(two_checkpoints):
+    results, folder, *_ = two_checkpoints
+    pictures = list(csv.DictReader((folder / "scores.csv").read_text().splitlines()))
+    assert len(pictures) == 60
+    of_model = {model: [row for row in pictures if row["model"] == model] for model in results["scores"]}
+    flat = {(row["model"], row["reward"]): row for row in csv.DictReader((folder / "results.csv").read_text().splitlines())}
+    assert len(flat) == 9
+    markdown = (folder / "results.md").read_text()
+    for model in results["scores"]:
+        for reward in ("aesthetic", "shapes"):
+            scores = [float(row[reward]) for row in of_model[model]]
+            entry, row = results["scores"][model]["prompts"][reward], flat[model, reward]
+            assert entry["mean"] == pytest.approx(statistics.fmean(scores))
+            prompts = [statistics.fmean(float(row[reward]) for row in of_model[model] if row["prompt"] == str(i)) for i in range(10)]
+            half = margins(np.array([prompts]))[0]
+            assert entry["interval"] == pytest.approx([entry["mean"] - half, entry["mean"] + half])
+            assert [float(row[name]) for name in ("mean", "low", "high", "seed_std")] == [
+                entry["mean"],
+                *entry["interval"],
+                entry["seed_std"],
+            ]
+            assert f"| {reward} | {model} | {entry['mean']:.4f} ± {half:.4f} |" in markdown
+            for against in results["differences"].get(model, ()):
+                pairs = list(zip(scores, [float(row[reward]) for row in of_model[against]], strict=True))
+                difference = results["differences"][model][against]["prompts"][reward]
+                assert difference["mean"] == pytest.approx(statistics.fmean(a - b for a, b in pairs))
+                rate = statistics.fmean((a > b) + (a == b) / 2 for a, b in pairs)
+                assert difference["win_rate"]["mean"] == pytest.approx(rate)
+                columns = [f"{name}_to_{against}" for name in ("difference", "low", "high", "win_rate")]
+                expected = [difference["mean"], *difference["interval"], difference["win_rate"]["mean"]]
+                assert [float(row[column]) for column in columns] == expected
+                assert f"{difference['mean']:+.4f} ± " in markdown
+                assert f"{rate:.0%} (" in markdown
+    assert [row["text"] for row in of_model["base"][::2]] == [row["text"] for row in of_model["finished_2"][::2]]
+
+
+def test_pictures_and_pairs_for_people(two_checkpoints, evaluate, prompt_file):
+    """The key says whose each file is; answers by it give the win rate."""
+    *_, flags = two_checkpoints
+    more = {"--human_pairs": 6, "--human_models": ("finished", "finished_2"), "--num_seeds": 1}
+    before = sampled(flags["--scores_dir"])
+    _, folder = evaluate(flags, more, "--save_pictures")
+    assert len(sampled(flags["--scores_dir"])) - len(before) == 3 * 2  # prompts beyond the eight whose pictures are in the grid
+    for model in ("base", "finished", "finished_2"):
+        assert len(list((folder / "pictures" / model / "prompts").glob("prompt0000?_seed0_0.png"))) == 10
+    pairs = folder / "human_pairs"
+    key = list(csv.DictReader((pairs / "key.csv").read_text().splitlines()))
+    rows = list(csv.DictReader((pairs / "pairs.csv").read_text().splitlines()))
+    assert len(key) == len(rows) == 6
+    assert len({row["prompt"] for row in key}) == 6
+    assert {row["left"] for row in key} == {"finished", "finished_2"}  # shuffled
+    prompts = prompt_file.read_text().splitlines()
+    for row, pair in zip(key, rows, strict=True):
+        assert pair["prompt"] == prompts[int(row["prompt"])]
+        for side in ("left", "right"):
+            source = folder / "pictures" / row[side] / "prompts" / f"prompt{int(row['prompt']):05d}_seed{row['seed']}_{row['k']}.png"
+            assert (pairs / pair[side]).read_bytes() == source.read_bytes()
+            assert not re.search("finished|base", pair[side])
+
+    answers = [["left", "right", "tie", "", "LEFT ", "left"][i] for i in range(6)]
+    for pair, answer in zip(rows, answers, strict=True):
+        pair["answer"] = answer
+    with (pairs / "pairs.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
+    won = [
+        0.5 if answer == "tie" else float(row[answer.strip().lower()] == "finished_2")
+        for row, answer in zip(key, answers, strict=True)
+        if answer
+    ]
+    found = human_pairs.win_rate(pairs)
+    assert found[:4] == ("finished", "finished_2", 5, pytest.approx(sum(won) / 5))
+    assert found[4] == pytest.approx(margins(np.array([won]))[0])
+    result = subprocess.run(
+        [sys.executable, "-m", "fastvideo.evaluation.human_pairs", pairs], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert f"finished_2 wins over finished in {sum(won) / 5:.1%} of 5 answers (95 % interval " in result.stdout
+    answered = (pairs / "pairs.csv").read_text()
+    chosen = [("prompts", Job(0, 0, 0))]
+    assert "is left as it is" in human_pairs.write_pairs(pairs, ("finished", "finished_2"), chosen, [], [])
+    assert (pairs / "pairs.csv").read_text() == answered
+    (pairs / "pairs.csv").write_text(answered.replace("tie", "both"))
+    with pytest.raises(UserError, match="the answer 'both' to pair 3 must be one of left, right, tie"):
+        human_pairs.win_rate(pairs)
 
 
 def assert_equal_scores(results, expected):

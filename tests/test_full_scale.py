@@ -54,7 +54,7 @@ def test_a_rollout_and_an_update_at_full_size(model, tmp_path):
         assert media.shape == (2, *model.media) and media.dtype == torch.float32
 
         transitions, pair_cond = module.pick(trajectory, cond, torch.tensor([0, 1]), torch.tensor([0, 0]), 1)
-        log_prob, _ = module.score_transitions(transformer, transitions, pair_cond, schedule, args.noise_level)
+        log_prob, _ = module.score_transitions(transformer, transitions, pair_cond, schedule)
         loss, _ = module.grpo_loss(log_prob, transitions["old_log_prob"], torch.ones(2), args.clip_range)
         loss.backward()
         missing = [name for name, parameter in transformer.named_parameters() if parameter.grad is None]

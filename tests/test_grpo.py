@@ -11,7 +11,7 @@ import train_grpo_flux
 from fastvideo.embeddings.prompts import shuffled_prompts
 from fastvideo.errors import UserError
 from fastvideo.models.families import FAMILIES
-from fastvideo.parallel.distributed import keyed_generator
+from fastvideo.parallel.distributed import Ranks, keyed_generator
 from fastvideo.runs.guards import check_ratio
 from train_grpo_flux import best_of_n, group_advantages, grpo_loss, reference_kl, sde_step, select_timesteps
 
@@ -57,6 +57,36 @@ def test_timesteps_are_distinct_and_their_number_is_rounded_up(num_steps, fracti
     assert select_timesteps(generators, num_steps, fraction, "last")[0].tolist() == list(range(num_steps - count, num_steps))
 
 
+# The paper's choices of section 3.6, as flags, and how many of 20 stochastic steps, and which, they are for each sample (None: any).
+CHOICES = {
+    "the first 30 %": ("first", 0.3, 6, [0, 1, 2, 3, 4, 5]),
+    "a random 30 %": ("random", 0.3, 6, None),
+    "the last 40 %": ("last", 0.4, 8, [12, 13, 14, 15, 16, 17, 18, 19]),
+    "a random 60 %": ("random", 0.6, 12, None),
+    "all": ("random", 1.0, 20, list(range(20))),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("choice", CHOICES)
+def test_the_papers_choices_of_timesteps_can_be_said(name, choice):
+    """As flags of each script; "first" is noise, "last" the picture, and of a random choice every step gets its share."""
+    script, (selection, fraction, count, steps) = importlib.import_module(f"train_grpo_{name}"), CHOICES[choice]
+    flags = {"model": tiny_model(name), "embeddings": REPOSITORY, "output_dir": REPOSITORY, "rewards": ("aesthetic",)}
+    args = script.Args(**flags, sampling_steps=21, timestep_selection=selection, timestep_fraction=fraction)
+    samples = [(place, g) for place in range(40) for g in range(10)]
+    run = SimpleNamespace(args=args, generators=lambda purpose, keys: [keyed_generator(0, purpose, *key) for key in keys])
+    drawn = script.draw_steps(samples, run).tolist()
+    assert len(drawn) == 400 and all(len(set(row)) == len(row) == count for row in drawn)
+    if steps is not None:
+        assert drawn == [steps] * 400
+    else:
+        times = [sum(step in row for row in drawn) for step in range(20)]
+        assert max(abs(n - 400 * count / 20) for n in times) < 4 * (400 * count / 20 * (1 - count / 20)) ** 0.5  # standard deviations
+    pairs = torch.cat(script.split_into_updates(args, Ranks(0, 1, torch.device("cpu"))))
+    assert len(set(map(tuple, pairs.tolist()))) == len(pairs) == args.prompts_per_iteration * args.num_generations * count
+
+
 def test_loss_is_the_clipped_objective():
     log_ratio = torch.tensor([0.0, 0.05, -0.05, 0.5, -0.5, 0.5, -0.5], dtype=torch.float64)
     advantages = torch.tensor([1.0, 2.0, -1.0, 1.0, 1.0, -1.0, -1.0], dtype=torch.float64)
@@ -75,13 +105,13 @@ def test_loss_is_the_clipped_objective():
 def test_old_log_probs_are_computed_again_in_the_updates_own_batches(monkeypatch):
     sizes, policy = [], torch.nn.Identity()
 
-    def score_transitions(network, transitions, cond, schedule, noise_level):
+    def score_transitions(network, transitions, cond, schedule):
         assert network is policy and cond["prompt"].tolist() == [10 * int(z_t[0] // 2) for z_t in transitions["z_t"]]
         sizes.append(len(transitions["z_t"]))
         return transitions["z_t"].sum(1), None
 
     monkeypatch.setattr(train_grpo_flux, "score_transitions", score_transitions)
-    args = SimpleNamespace(old_log_prob="rollout", micro_batch_size=3, kept_generations=2, noise_level=0.3)
+    args = SimpleNamespace(old_log_prob="rollout", micro_batch_size=3, kept_generations=2)
     run = SimpleNamespace(args=args, policy=policy, reference=None)
     z_t = torch.stack([torch.arange(4.0)[:, None].expand(4, 3), torch.rand(4, 3)], dim=-1)  # of 2 prompts with 2 samples with 3 steps
     trajectory, cond = {"z_t": z_t, "old_log_prob": torch.zeros(4, 3)}, {"prompt": torch.tensor([0, 10])}
@@ -97,13 +127,13 @@ def test_old_log_probs_are_computed_again_in_the_updates_own_batches(monkeypatch
 def test_reference_kl_is_that_of_the_gaussians():
     z_t, u, u_ref = torch.randn(3, 2, 4, 5, dtype=torch.float64).unbind()
     schedule = torch.tensor([1.0, 0.9, 0.8, 0.4, 0.3]).double()
-    t, s = schedule[[1, 3]], schedule[[2, 4]]
-    means = [sde_step(z_t, v, t, s, 0.3, noise=torch.zeros_like(z_t))[0] for v in (u, u_ref)]
-    std = (0.3 * (t - s).sqrt()).view(2, 1, 1)
+    t, s, levels = schedule[[1, 3]], schedule[[2, 4]], torch.tensor([0.3, 0.9]).double()
+    means = [sde_step(z_t, v, t, s, levels)[0] for v in (u, u_ref)]
+    std = (levels * (t - s).sqrt()).view(2, 1, 1)
     expected = torch.distributions.kl_divergence(*(torch.distributions.Normal(mean, std) for mean in means)).mean()
-    transitions = {"z_t": z_t, "step": torch.tensor([1, 3]), "u_ref": u_ref}
-    torch.testing.assert_close(reference_kl(transitions, schedule, u, 0.3), expected)
-    assert reference_kl(transitions, schedule, u_ref, 0.3) == 0
+    transitions = {"z_t": z_t, "step": torch.tensor([1, 3]), "noise_level": levels, "u_ref": u_ref}
+    torch.testing.assert_close(reference_kl(transitions, schedule, u), expected)
+    assert reference_kl(transitions, schedule, u_ref) == 0
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -1,13 +1,14 @@
-"""The sampling SDE: exact densities, the Euler limit, the marginals of the data, and why the last transition is not trained."""
+"""The sampling SDE: exact densities, the Euler limit, noise schedules, marginals, and why the last transition is not trained."""
 
 import math
 from itertools import pairwise
 
 import pytest
 import torch
+from conftest import MODEL
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from train_grpo_flux import sde_step, time_schedule
+from train_grpo_flux import Args, noise_levels, sde_step, time_schedule
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -72,6 +73,67 @@ def test_noise_of_the_last_transition_cannot_reach_what_is_decoded():
     assert not torch.equal(sde_step(first, u, s, 0.0, 0.0)[2], sde_step(second, u, s, 0.0, 0.0)[2])
 
 
+def epsilon(noise_schedule: str, t: float, s: float, noise_level: float) -> float:
+    """What each schedule is meant to be; the first step of Flow-GRPO, from t = 1, adds noise of standard deviation noise_level."""
+    return (
+        noise_level * {"constant": 1, "decay": math.sqrt(t), "flow_grpo": math.sqrt(t / (1 - t) if t < 1 else 1 / (1 - s))}[noise_schedule]
+    )
+
+
+SCHEDULES = ["constant", "decay", "flow_grpo"]
+
+
+def arguments(**flags) -> Args:
+    return Args(**{"model": MODEL, "embeddings": MODEL, "output_dir": MODEL, "rewards": ("aesthetic",)} | flags)
+
+
+@pytest.mark.parametrize("noise_schedule", SCHEDULES)
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_noise_levels_follow_the_schedule_in_the_stochastic_steps(noise_schedule, shift):
+    args = arguments(sampling_steps=8, shift=shift, noise_level=0.7, noise_schedule=noise_schedule)
+    times = [shift * t / (1 + (shift - 1) * t) for t in (1 - step / 8 for step in range(9))]
+    expected = [epsilon(noise_schedule, t, s, 0.7) for t, s in pairwise(times)]
+    levels = noise_levels(time_schedule(8, shift), args)
+    assert levels[:-1] == pytest.approx(expected[:-1], rel=1e-6) and levels[-1] == 0
+    args.sde_window = (2, 3)
+    assert noise_levels(time_schedule(8, shift), args) == [0, 0, *levels[2:5], 0, 0, 0]
+    if noise_schedule == "constant":
+        assert set(levels[:-1]) == {0.7}
+    else:  # neither may be mistaken for the other, or for none
+        assert all(later < earlier for earlier, later in pairwise(levels))
+
+
+@pytest.mark.parametrize("noise_schedule", SCHEDULES)
+def test_each_transition_of_a_batch_is_scored_with_its_own_noise_level(noise_schedule):
+    """As drawn one by one, and as torch's own density in float64 has it: with one level for all it would not be."""
+    schedule = time_schedule(6, 3.0).double()
+    levels = noise_levels(schedule, arguments(sampling_steps=6, noise_level=0.6, noise_schedule=noise_schedule))
+    z_t, u, noise = (draw(5, 4, 5, seed=seed) for seed in range(3))
+    t, s, own = schedule[:5], schedule[1:6], torch.tensor(levels[:5], dtype=torch.float64)
+    drawn = [sde_step(z_t[[i]], u[[i]], t[i], s[i], levels[i], noise=noise[[i]]) for i in range(5)]
+    z_s = torch.cat([z for z, _, _ in drawn])
+    _, log_prob, _ = sde_step(z_t, u, t, s, own, z_s=z_s)
+    assert torch.equal(log_prob, torch.cat([one for _, one, _ in drawn]))
+    for i in range(5):
+        level = epsilon(noise_schedule, t[i].item(), s[i].item(), 0.6)
+        score = -(z_t[i] - (1 - t[i]) * (z_t[i] - t[i] * u[i])) / t[i] ** 2
+        gaussian = torch.distributions.Normal(z_t[i] + (u[i] - level**2 / 2 * score) * (s[i] - t[i]), level * (t[i] - s[i]).sqrt())
+        torch.testing.assert_close(log_prob[i], gaussian.log_prob(z_s[i]).mean(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("noise_schedule", SCHEDULES)
+def test_a_noise_level_that_breaks_the_sampler_is_told(noise_schedule, capsys):
+    """By the worst of the stochastic steps, each with its own level."""
+    times = [3 * t / (1 + 2 * t) for t in (1 - step / 8 for step in range(8))]  # the last transition is never stochastic
+    worst = max(epsilon(noise_schedule, t, s, 1.0) ** 2 * (t - s) / (2 * t**2) for t, s in pairwise(times))
+    arguments(sampling_steps=8, noise_level=math.sqrt(0.45 / worst), noise_schedule=noise_schedule)
+    assert capsys.readouterr().err == ""
+    arguments(sampling_steps=8, noise_level=math.sqrt(0.6 / worst), noise_schedule=noise_schedule)
+    assert (
+        "noise_level^2 * delta / (2 t^2) reaches 0.60, and sampling breaks down towards 1: lower --noise_level" in capsys.readouterr().err
+    )
+
+
 # Data whose exact velocity is known: mixtures of Gaussians N(mean_k, std_k^2) with weights w_k, in one dimension.
 DATA = {
     "gaussian": (torch.tensor([1.0]), torch.tensor([0.25]), torch.tensor([1.0])),
@@ -128,3 +190,27 @@ def test_marginals_converge_to_the_data(data, noise_level):
     assert errors[0] > 0.05, errors  # there was something to converge from
     assert all(later < max(earlier, sampling_error) for earlier, later in pairwise(errors)), errors
     assert errors[-1] < 0.02, errors
+
+
+def final_moments(num_steps: int, levels: list[float]) -> torch.Tensor:
+    """Mean and standard deviation of samples where the data is N(1, 0.25^2): without sampling error, since every transition is affine."""
+    mean, variance = torch.tensor(0.0).double(), torch.tensor(1.0).double()
+    for level, (t, s) in zip(levels, pairwise(time_schedule(num_steps, 1.0).double())):
+        z = torch.stack([mean, mean + 1]).view(2, 1)
+        u = exact_velocity(z, t, "gaussian")
+        z_s, drawn = (sde_step(z, u, t, s, level, noise=torch.full_like(z, noise))[0] for noise in (0, 1))
+        mean, variance = z_s[0, 0], (z_s[1, 0] - z_s[0, 0]) ** 2 * variance + (drawn - z_s)[0, 0] ** 2
+    return torch.stack([mean, variance.sqrt()])
+
+
+@pytest.mark.parametrize("noise_schedule", SCHEDULES)
+def test_the_sdes_marginal_becomes_the_odes_whatever_the_schedule(noise_schedule):
+    """Their difference, in the data's standard deviations, falls with T to 1 % at T = 800; and at no T did they have to be equal."""
+    differences = []
+    for num_steps in (50, 100, 200, 400, 800):
+        args = arguments(sampling_steps=num_steps, noise_level=0.7, noise_schedule=noise_schedule)
+        levels = noise_levels(time_schedule(num_steps, 1.0), args)
+        stochastic, euler = final_moments(num_steps, levels), final_moments(num_steps, [0.0] * num_steps)
+        differences.append((stochastic - euler).abs().max().item() / 0.25)
+    assert all(later < 0.7 * earlier for earlier, later in pairwise(differences)), differences
+    assert differences[0] > 0.01 > differences[-1], differences

@@ -8,7 +8,7 @@ import torch
 from diffusers import DDIMScheduler
 
 from fastvideo.errors import UserError
-from train_grpo_sd import Schedule, predict, sde_step, time_schedule
+from train_grpo_sd import Args, Schedule, noise_levels, predict, sde_step, time_schedule
 
 BETAS = {
     "scaled_linear": {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"},
@@ -60,6 +60,30 @@ def test_log_prob_is_the_gaussians_density():
         gaussian = torch.distributions.Normal(math.sqrt(b) * x + math.sqrt(1 - b - std**2) * eps[i], std)
         torch.testing.assert_close(z_s[i], gaussian.mean + std * noise[i], atol=1e-10, rtol=0)
         torch.testing.assert_close(log_prob[i], gaussian.log_prob(z_s[i]).mean(), atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_noise_levels_are_ddims_eta_or_fall_with_the_time(tmp_path, spacing):
+    """And a transition's density is that of its own level: diffusers' DDIM with this eta draws what has it."""
+    scheduler = save_scheduler(tmp_path, **BETAS["scaled_linear"], timestep_spacing=spacing, steps_offset=int(spacing == "leading"))
+    scheduler.set_timesteps(8)
+    schedule, flags = time_schedule(8, tmp_path), {"model": tmp_path, "embeddings": tmp_path, "output_dir": tmp_path}
+    args = Args(**flags, rewards=("aesthetic",), sampling_steps=8, noise_level=0.8, noise_schedule="decay")
+    first = {"leading": 876, "trailing": 999}[spacing]
+    levels = noise_levels(schedule, args)
+    assert levels[:-1] == pytest.approx([0.8 * math.sqrt((first - 125 * step) / first) for step in range(7)], rel=1e-6) and levels[-1] == 0
+    z_t, eps, noise = (draw(7, 4, 3, 3, seed=seed) for seed in range(3))
+    steps = zip(z_t, eps, noise, scheduler.timesteps, levels)
+    z_s = torch.stack([scheduler.step(e, t, z, eta=level, variance_noise=n).prev_sample for z, e, n, t, level in steps])
+    alpha_bars = schedule.alpha_bar_t[:7].double(), schedule.alpha_bar_s[:7].double()
+    _, log_prob, _ = sde_step(z_t, eps, *alpha_bars, torch.tensor(levels[:7]), z_s=z_s)
+    std = torch.tensor(levels[:7]).double() * ((1 - alpha_bars[1]) / (1 - alpha_bars[0]) * (1 - alpha_bars[0] / alpha_bars[1])).sqrt()
+    expected = torch.distributions.Normal(0, std.view(7, 1, 1, 1)).log_prob(std.view(7, 1, 1, 1) * noise)
+    torch.testing.assert_close(log_prob, expected.flatten(1).mean(1), atol=1e-4, rtol=0)  # diffusers' coefficients are float32
+    args.sde_window = (1, 2)
+    assert noise_levels(schedule, args) == [0, *levels[1:3], 0, 0, 0, 0, 0]
+    args.noise_schedule = "constant"
+    assert noise_levels(schedule, args) == [0, 0.8, 0.8, 0, 0, 0, 0, 0]
 
 
 @pytest.mark.parametrize("noise_level", [0.0, 0.3, 1.0])

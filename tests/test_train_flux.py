@@ -48,9 +48,8 @@ def test_ratio_is_1_before_the_first_update(policy, rollout_batch_size, micro_ba
     deviations = []
     for i, k in zip(sample.split(micro_batch_size), slot.split(micro_batch_size)):
         transitions = {name: tensor[i, k] for name, tensor in trajectory.items()}
-        log_prob, _ = train_grpo_flux.score_transitions(
-            transformer, transitions, {name: tensor[i] for name, tensor in cond.items()}, schedule, args.noise_level
-        )
+        sample_cond = {name: tensor[i] for name, tensor in cond.items()}
+        log_prob, _ = train_grpo_flux.score_transitions(transformer, transitions, sample_cond, schedule)
         assert log_prob.requires_grad
         deviations.append((log_prob - transitions["old_log_prob"]).exp().sub(1).abs().max().item())
     assert max(deviations) < 1e-6
@@ -241,6 +240,8 @@ def test_ema_is_the_average_of_the_weights(train, tmp_path):
         {"--old_log_prob": "recompute", "--timestep_selection": "first"},
         {"--timestep_selection": "last", "--advantage_clip": 0.5, "--max_grad_norm": 0},
         {"--sde_window": (0, 3), "--gradient_checkpointing": ()},
+        {"--noise_schedule": "decay", "--kl_weight": 0.01},
+        {"--noise_schedule": "flow_grpo", "--sde_window": (0, 3)},
         {"--lr_warmup_steps": 4, "--ema_decay": 0},
         {"--trackers": "tensorboard", "--sample_every": 1, "--keep_checkpoints": 1, "--checkpoint_every": 1},
         {"--rewards": ("aesthetic@0.6", "shapes"), "--reward_weights": (1.4, 0.7)},
@@ -262,6 +263,8 @@ def test_option(train, finished_run, tmp_path, flags):
         assert rows[0]["policy/grad_norm"] != before[0]["policy/grad_norm"]  # other steps are trained
     if "--advantage_clip" in flags:
         assert rows[0]["advantage/abs_mean"] <= 0.5 < before[0]["advantage/abs_mean"]
+    if "--noise_schedule" in flags:
+        assert rows[0]["reward/aesthetic_group_std"] != before[0]["reward/aesthetic_group_std"]
     if "--sde_window" in flags:
         assert rows[0]["reward/aesthetic_group_std"] != before[0]["reward/aesthetic_group_std"]  # one noisy step less
     if "--lr_warmup_steps" in flags:

@@ -51,25 +51,28 @@ def _with_threshold(reward: Reward, threshold: float | None) -> Reward:
         values = reward(media, rows)
         if not isinstance(values, torch.Tensor):
             return values  # which `score` refuses
-        return torch.where(values.isfinite(), (values > threshold).to(values.dtype), values)  # a NaN stays one, to be reported
+        return torch.where(values.isfinite(), (values > threshold).to(values.dtype), values).detach()  # a NaN stays one, to be reported
 
     return binary
 
 
-def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> dict[str, torch.Tensor]:
+def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict], with_gradient: bool = False) -> dict[str, torch.Tensor]:
     """Each reward's scores of a batch: name -> (B,) float32 on the CPU.
 
     media: (B, 3, H, W) or (B, 3, frames, H, W) in [-1, 1]. rows: B prompt rows. Rewards get copies, which they may change.
-    Raises UserError where a reward raises, returns another shape than (B,) or anything not finite: nothing is replaced by a default.
+    with_gradient: gradients flow from the scores to media, which require one.
+    Raises UserError where a reward raises, returns another shape than (B,), anything not finite, or no gradient that is asked for:
+    nothing is replaced by a default.
     """
     scores, given = {}, media.clone()
     for name, reward in rewards.items():
         try:
-            with undisturbed(), torch.no_grad():
+            with undisturbed(), torch.set_grad_enabled(with_gradient):
                 values = reward(given, [copy.deepcopy(row) for row in rows])
                 kind = _unusable(values)
                 if not kind:
-                    values = values.detach().float().cpu().clone()  # a reward may give the same tensor each time
+                    values = values.float().cpu().clone()  # a reward may give the same tensor each time
+                    values = values if with_gradient else values.detach()
         except UserError as error:
             raise UserError(f"reward {name!r} failed: {error}") from error
         except Exception as error:
@@ -84,6 +87,11 @@ def score(rewards: dict[str, Reward], media: torch.Tensor, rows: list[dict]) -> 
         for value, row in zip(values.tolist(), rows):
             if not math.isfinite(value):
                 raise UserError(f"reward {name!r} is {value} for a sample of the prompt {row['prompt']!r}")
+        if with_gradient and not values.requires_grad:
+            raise UserError(
+                f"reward {name!r} has no gradient to learn from: clip, hpsv2, pickscore and aesthetic have one, and your own in torch, "
+                "without a threshold"
+            )
         scores[name] = values
         if not _unchanged(given, media):  # else it stays the same tensor, by which rewards of one model share a forward pass
             given = media.clone()

@@ -33,7 +33,8 @@ def load_clip(path: str | None, device: torch.device, *, dtype: str = "float32")
 def cosine_reward(
     name: str, model: torch.nn.Module, tokenize: Callable, prepare: Callable, device: torch.device, dtype: str, scale: float = 1.0
 ) -> Reward:
-    """The reward by a CLIPModel: `scale` times the cosine of picture and prompt, (B,) float32. `model` is moved, cast and frozen.
+    """The reward by a CLIPModel: `scale` times the cosine of picture and prompt, (B,) float32, with a gradient to the picture if that
+    requires one. `model` is moved, cast and frozen.
 
     tokenize: prompts -> keyword arguments of `get_text_features`. prepare: (B, 3, H, W) in [-1, 1] -> pixel values.
     """
@@ -41,7 +42,6 @@ def cosine_reward(
         raise UserError(f"--rewards: {name} has dtype={dtype}; it can be auto, float32 or bfloat16")
     model.to(device, compute_dtype(dtype, device)).eval().requires_grad_(False)
 
-    @torch.no_grad()
     def reward(media: torch.Tensor, rows: list[dict]) -> torch.Tensor:
         if media.ndim != 4:
             raise UserError(f"{name} scores pictures (B, 3, H, W), not clips of shape {tuple(media.shape)}")

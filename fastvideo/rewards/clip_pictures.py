@@ -13,8 +13,20 @@ def saved(images: torch.Tensor) -> torch.Tensor:
     return _to_8_bits(images.float() * 127.5 + 127.5)
 
 
+class _Round(torch.autograd.Function):
+    """To whole numbers, with the gradient of the number before, for who learns from a reward's gradient."""
+
+    @staticmethod
+    def forward(ctx, images: torch.Tensor) -> torch.Tensor:
+        return images.round()
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        return gradient
+
+
 def _to_8_bits(images: torch.Tensor) -> torch.Tensor:
-    return images.round().clamp(0, 255)
+    return _Round.apply(images).clamp(0, 255)
 
 
 def shortest_edge(images: torch.Tensor, edge: int) -> tuple[int, int]:

@@ -42,11 +42,11 @@ class Detection:
 Detector = Callable[[list[Image.Image]], list[list[Detection]]]
 
 
-def load_detector(path: str, device: torch.device, weights: str | None, threshold: float) -> Detector:
+def load_detector(path: str, device: torch.device, weights: str | None, side: int, threshold: float) -> Detector:
     """The detector that `path` names: one of DETECTORS, FILE.py:FUNCTION, or a folder.
 
     A user's function loads his detector: it is called as `load(path, device)`, with `weights` as its path, and returns `detect`.
-    A folder's detections have scores above `threshold`. Raises UserError for whatever can't be loaded.
+    side, threshold: of a folder's, see `load_folder`. Raises UserError for whatever can't be loaded.
     """
     file, function = split_file(path)
     if weights is not None and not file:
@@ -59,13 +59,15 @@ def load_detector(path: str, device: torch.device, weights: str | None, threshol
             raise UserError(f"--rewards: geneval={path} cannot be imported: {error}") from error
     if file:
         return load_function(file, function)(weights, device)
-    return load_folder(path, device, threshold)
+    return load_folder(path, device, side, threshold)
 
 
-def load_folder(path: str, device: torch.device, threshold: float) -> Detector:
+def load_folder(path: str, device: torch.device, side: int, threshold: float) -> Detector:
     """The detector of a folder in transformers' format: AutoModelForObjectDetection, or MaskFormer and Mask2Former for instances.
 
     Its classes are the names in config.json's id2label. It computes in float32; pictures of one call must have one size.
+    side: of the shorter side of pictures as they are shown to it, of the longer one 5/3 of it at most; 0 for what preprocessor_config.json
+        says. threshold: detections have scores above it.
     """
     if not (Path(path) / "config.json").is_file():
         what = "the folder has no config.json" if Path(path).is_dir() else "there is no such folder"
@@ -77,7 +79,8 @@ def load_folder(path: str, device: torch.device, threshold: float) -> Detector:
         masked = config.model_type in MASKED
         model_class = AutoModelForUniversalSegmentation if masked else AutoModelForObjectDetection
         model, report = model_class.from_pretrained(path, dtype=torch.float32, local_files_only=True, output_loading_info=True)
-        processor = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True)  # the other one needs torchvision
+        size = {"size": {"shortest_edge": side, "longest_edge": side * 5 // 3}} if side else {}
+        processor = AutoImageProcessor.from_pretrained(path, backend="pil", local_files_only=True, **size)  # the other needs torchvision
     except Exception as error:  # transformers raises all sorts
         raise UserError(f"--rewards: geneval={path} can't be read as a detector: {type(error).__name__}: {first_line(error)}") from error
     if report["missing_keys"]:

@@ -54,6 +54,7 @@ def load_geneval(
     *,
     clip: str = "",
     weights: str = "",
+    side: int = 0,
     batch: int = 8,
     threshold: float = 0.3,
     counting_threshold: float = 0.9,
@@ -63,7 +64,7 @@ def load_geneval(
 ) -> Reward:
     """The reward: 1 for a correct picture, else 0, (B,).
 
-    path: the detector, as `load_detector` takes it. weights: given as path to the loader of a detector of the user's own.
+    path, weights, side: the detector and its options, as `load_detector` takes them (GenEval: mmdetection's Mask2Former, side 800).
     clip: a CLIP model, as of the reward `clip`, which names colours (GenEval: OpenAI's ViT-L-14). batch: pictures detected at once.
     threshold, counting_threshold: scores of detections are above it. max_objects: the most certain ones of a class count.
     max_overlap: of those, none that overlaps a more certain one by this intersection over union or more; 1 keeps all.
@@ -71,10 +72,12 @@ def load_geneval(
     """
     if path is None:
         raise UserError("--rewards: geneval needs a detector, written as geneval=shapes, geneval=FOLDER or geneval=FILE.py:FUNCTION")
-    if batch < 1 or max_objects < 1:
-        raise UserError(f"--rewards: geneval needs batch and max_objects of 1 or more, not {batch} and {max_objects}")
+    if batch < 1 or max_objects < 1 or side < 0:
+        raise UserError(
+            f"--rewards: geneval needs batch and max_objects of 1 or more and side of 0 or more, not {batch}, {max_objects}, {side}"
+        )
     rules = Rules(threshold, counting_threshold, max_objects, max_overlap, position_threshold)
-    detect = load_detector(path, device, weights or None, min(threshold, counting_threshold))
+    detect = load_detector(path, device, weights or None, side, min(threshold, counting_threshold))
     name_colours = ColourNames(clip, device) if clip else None
 
     @torch.no_grad()
@@ -84,6 +87,8 @@ def load_geneval(
         check_rows(rows)
         pictures = to_pil(media)
         found = [one for start in range(0, len(rows), batch) for one in detect(pictures[start : start + batch])]
+        if len(found) != len(rows):
+            raise UserError(f"geneval's detector {path} returned {len(found)} lists for {len(rows)} pictures")
         return torch.tensor(
             [
                 float(correct(row, objects, rules, lambda *taken, picture=picture: _colours(*taken, picture, name_colours)))
@@ -100,7 +105,7 @@ def load_geneval(
 
 def correct(row: dict, found: list[Detection], rules: Rules, colours_of: Callable[[list[Detection], str], list[str]]) -> bool:
     """Whether `found` in a picture is what `row` asks for. colours_of: the colours of objects of a class, called where they matter."""
-    taken: list[list[Detection] | None] = []  # for each entry of "include"; None where it failed
+    taken: list[list[Detection]] = []  # for each entry of "include"
     counting = row["tag"] == "counting"
     for wanted in row["include"]:
         objects = certain(found, wanted["class"], counting, rules)[: wanted["count"]]
@@ -109,13 +114,11 @@ def correct(row: dict, found: list[Detection], rules: Rules, colours_of: Callabl
             right = colours_of(objects, wanted["class"]) == [wanted["color"]] * len(objects)
         if right and "position" in wanted:
             relation, target = wanted["position"]
-            others = taken[target]
-            right = others is not None and all(
-                relation in relations(one.box, other.box, rules.position_threshold) for one in objects for other in others
-            )
-        taken.append(objects if right else None)
-    surplus = any(len(certain(found, other["class"], counting, rules)) >= other["count"] for other in row.get("exclude", []))
-    return None not in taken and not surplus
+            right = all(relation in relations(one.box, other.box, rules.position_threshold) for one in objects for other in taken[target])
+        if not right:
+            return False
+        taken.append(objects)
+    return all(len(certain(found, other["class"], counting, rules)) < other["count"] for other in row.get("exclude", []))
 
 
 def certain(found: list[Detection], name: str, counting: bool, rules: Rules) -> list[Detection]:
@@ -180,9 +183,12 @@ def check(rows: Sequence[dict], detect: Detector, clip: bool) -> None:
 def _fault(row: dict, classes: set[str] | None, colours: Sequence[str], sees_colours: bool) -> str:
     if not isinstance(row.get("tag"), str) or not isinstance(row.get("include"), list) or not row["include"]:
         return 'it has no string as "tag", or no list as "include"'
-    for place, wanted in enumerate([*row["include"], *(row.get("exclude") or [])]):
-        if not isinstance(wanted, dict) or not isinstance(wanted.get("class"), str) or type(wanted.get("count")) is not int:
-            return f'{wanted!r} has no string as "class", or no whole number as "count"'
+    if not isinstance(row.get("exclude", []), list):
+        return 'its "exclude" is no list'
+    for place, wanted in enumerate([*row["include"], *row.get("exclude", [])]):
+        named = isinstance(wanted, dict) and isinstance(wanted.get("class"), str)
+        if not named or type(wanted.get("count")) is not int or wanted["count"] < 1:
+            return f'{wanted!r} has no string as "class", or no whole number above 0 as "count"'
         if classes is not None and not classes & {wanted["class"], *ALIASES.get(wanted["class"], ())}:
             return f"the detector does not know the class {wanted['class']!r}"
         if "color" in wanted and wanted["color"] not in colours:

@@ -23,6 +23,7 @@ from fastvideo.rewards.preflight import preflight
 from fastvideo.rewards.statistics import group_statistics
 from fastvideo.runs import checkpoint, guards, run_folder, tracking
 from fastvideo.runs.flags import RunFlags, parse
+from fastvideo.runs.statistics import update_statistics
 from fastvideo.runs.stop import StopSignals
 
 __all__ = ["Run", "RunFlags", "parse"]
@@ -100,7 +101,7 @@ class Run:
         """Collective. The iterations that are left. Raises UserError after one, saved, in which a signal or a guard has asked to stop."""
         args, self.signals = self.args, StopSignals()
         left = range(self.done + 1, args.iterations + 1)
-        self.progress = tqdm(left, initial=self.done, total=args.iterations, disable=not self.ranks.is_main, desc="GRPO")
+        self.progress = tqdm(left, initial=self.done, total=args.iterations, disable=not self.ranks.is_main)
         for iteration in self.progress:
             self.iteration = iteration
             self.timer, self.stats, self.norms, self.collapse = tracking.Timer(), [], [], None
@@ -170,38 +171,37 @@ class Run:
         """Collective. A micro-batch's backward pass; with the last of an update the optimizer's step, and the moving average's.
 
         loss, stats: means over the micro-batch, which is `share` of its update. Raises UserError for a gradient that is not finite, and if
-        before the first update of all the ratio is not 1 (`guards.check_ratio`).
+        before the first update of all the ratio, where `stats` have one, is not 1 (`guards.check_ratio`).
         """
         norm = zero.backward_and_step(self.policy, loss * share)
         self.stats.append(stats | {"update": len(self.norms), "share": share})
         if norm is None:
             return
         self.norms.append(norm)
-        if len(self.norms) == 1 and self.iteration == self.done + 1:
+        if len(self.norms) == 1 and self.iteration == self.done + 1 and "ratio_max_dev" in stats:
             largest = max(row["ratio_max_dev"].item() for row in self.stats)
             guards.check_ratio(max(distributed.all_gather_object(largest)), self.clip_range)
         if self.ema:
             self.ema.update()
 
-    def report(self, rewards: dict[str, torch.Tensor], advantages: torch.Tensor) -> None:
+    def report(self, rewards: dict[str, torch.Tensor], advantages: torch.Tensor | None = None) -> None:
         """Collective. Log what happened on all processes together, and look for what goes wrong.
 
-        rewards: name -> (P, G). advantages: (P, G), as they were trained on.
+        rewards: name -> (P, G). advantages: (P, G), as they were trained on, by a method that has some.
         """
         self.timer.end()
-        own = [{name: float(value) for name, value in row.items()} for row in self.stats]
-        stats = [row for rows in distributed.all_gather_object(own) for row in rows]
         metrics = group_statistics(rewards, self.weights)
-        metrics["advantage/abs_mean"] = advantages.abs().mean().item()
-        for name in ("loss", "ratio_mean", "approx_kl", "clip_frac", *(["kl"] if "kl" in stats[0] else [])):
-            metrics[f"policy/{name}"] = sum(row[name] * row["share"] for row in stats) / (len(self.norms) * self.ranks.world_size)
-        metrics["policy/ratio_max_dev"] = max(row["ratio_max_dev"] for row in stats if row["update"] == 0)  # before any update: 0
+        metrics |= {} if advantages is None else {"advantage/abs_mean": advantages.abs().mean().item()}
+        metrics |= update_statistics(self.stats, len(self.norms))
         metrics |= {"policy/grad_norm": sum(self.norms) / len(self.norms), "policy/lr": self.policy.get_lr()[0]}
-        metrics |= tracking.costs(self.timer, advantages.numel()) | {"samples": self.iteration * advantages.numel()}
+        samples = next(iter(rewards.values())).numel()
+        metrics |= tracking.costs(self.timer, samples) | {"samples": self.iteration * samples}
         self.tracker.log(self.iteration, metrics)
         self.collapse = guards.check(self.args.output_dir, self.iteration, self.clip_range)
         shown = {name: f"{metrics[f'reward/{name}_mean']:.3f}" for name in self.weights}
-        self.progress.set_postfix(shown | {"|ratio-1|": f"{metrics['policy/ratio_max_dev']:.0e}"})
+        if "policy/ratio_max_dev" in metrics:
+            shown["|ratio-1|"] = f"{metrics['policy/ratio_max_dev']:.0e}"
+        self.progress.set_postfix(shown)
 
     # ------------------------------------------------------------------------------------------------------------ pictures
 

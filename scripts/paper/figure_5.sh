@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# Figure 5: DDPO on rectified flow, FLUX, beside GRPO. See common.sh.
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+arm flux taste taste
+SCRIPT=baselines/ddpo_flux.py arm flux ddpo_taste taste
+run_arms "$@"
