@@ -85,7 +85,7 @@ def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]]
         lines.append(" ".join(label.split()))
         text = lines[-1] if font_of(lines[-1]) else f"line {len(lines)} of {path.stem}.txt"
         font = font_of(text).font_variant(size=size)
-        texts.append((font, _wrap(text, font, width - 4)))
+        texts.append((font, wrap(text, font, width - 4)))
     columns, text_height = max(len(row) for row in rows), max(len(wrapped) for _, wrapped in texts) * size * 5 // 4 + 8
     grid = Image.new("RGB", (columns * (width + 4), len(rows) * (height + text_height)), "white")
     draw, texts = ImageDraw.Draw(grid), iter(texts)
@@ -132,7 +132,7 @@ def _characters(font: str) -> frozenset[int]:
     return frozenset(FT2Font(font).get_charmap())
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     """At most `LINES` lines of `width` pixels, broken at spaces where words allow; an ellipsis stands for what does not fit."""
     lines = []
     while font.getlength(text) > width and len(lines) < LINES:

@@ -1,7 +1,8 @@
 """Draw the README's gallery: pictures of several models before and after training, clips as their frames.
 
-    python evaluate.py ... --checkpoints trained=runs/flux/export --save_pictures --output_dir runs/flux/gallery     # for each model
-    python scripts/gallery.py docs/images/gallery.png "FLUX: what the prompt asks for=runs/flux/gallery" "HunyuanVideo: motion=..."
+    python evaluate.py --model shapes/models/flux --checkpoints trained=RUN/export --prompts shapes/prompts/heldout.txt --rewards shapes \\
+        --num_seeds 1 --save_pictures --output_dir EVALUATION
+    python scripts/gallery.py docs/images/gallery.png "FLUX: what the prompt asks for=EVALUATION" "TITLE=EVALUATION" ...
 
 Each EVALUATION gives a row before and a row after, of its first prompts with the first noise seed.
 """
@@ -12,15 +13,19 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the repository, from any working directory
+
 from fastvideo.errors import UserError
 from fastvideo.files import whole_file
-from fastvideo.media import _wrap, film_strip, font_of, read_video
+from fastvideo.media import film_strip, font_of, read_video, wrap
 from fastvideo.parallel import distributed
 
 SIDE, CELLS, FRAMES, MARGIN = 96, 8, 4, 70  # pixels of a picture; pictures, or frames, in a row; frames of a clip; pixels left of them
 
 
 def main() -> None:
+    if len(sys.argv) < 3 or not all("=" in entry for entry in sys.argv[2:]):
+        raise UserError("give a file and one or more TITLE=EVALUATION, such as gallery.png FLUX=runs/flux/gallery")
     output, *given = sys.argv[1:]
     blocks = [block(*entry.rsplit("=", 1)) for entry in given]
     gallery = Image.new("RGB", (MARGIN + CELLS * (SIDE + 2), sum(one.height for one in blocks)), "white")
@@ -44,7 +49,7 @@ def block(title: str, evaluation: str) -> Image.Image:
     rows = [[shown(folder / "pictures" / model, number) for number in sorted(prompts)[:CELLS]] for model in models]
     small = font_of("a").font_variant(size=12)
     count = CELLS if rows[0][0].width == SIDE else CELLS // FRAMES
-    captions = [_wrap(prompts[number], small, rows[0][0].width - 4) for number in sorted(prompts)[:count]]
+    captions = [wrap(prompts[number], small, rows[0][0].width - 4) for number in sorted(prompts)[:count]]
     bottom = 24 + 2 * (SIDE + 2)
     image = Image.new("RGB", (MARGIN + CELLS * (SIDE + 2), bottom + 15 * max(map(len, captions)) + 16), "white")
     draw = ImageDraw.Draw(image)

@@ -1,16 +1,19 @@
 """Clips as mp4 files and as film strips."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from matplotlib import font_manager
 from PIL import Image, ImageFont
 
 from fastvideo import media
 from fastvideo.errors import UserError
-from fastvideo.media import film_strip, read_video, save_samples, save_video
+from fastvideo.media import film_strip, read_video, save_samples, save_video, to_pil
 from shapes.video import VIDEO_SPECS, render_clips, tracks
 
 
@@ -151,7 +154,7 @@ def test_a_font_that_is_installed_is_used(monkeypatch):
 def test_labels_are_wrapped(text, width):
     text = text.strip()
     font = media.font_of(text)
-    lines = media._wrap(text, font, width)
+    lines = media.wrap(text, font, width)
     assert 1 <= len(lines) <= 5 and all(font.getlength(line) <= width for line in lines)
     whole = "".join(lines).replace(" ", "")
     if whole.endswith("…"):
@@ -161,3 +164,29 @@ def test_labels_are_wrapped(text, width):
         assert whole == text.replace(" ", "")
     if "x" not in text:
         assert set(" ".join(lines).rstrip("…").split()) <= set(text.split())  # no word is broken
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_the_gallery_shows_before_and_after(tmp_path, clips):
+    """The first prompts' pictures, or the first, third, fifth and last of seven frames, in their places."""
+    before, after = torch.full((3, 7, 32, 32), -1.0), torch.linspace(-1, 1, 7)[None, :, None, None].expand(3, 7, 32, 32)
+    for model, sample in (("base", before), ("trained", after)):
+        for number in range(9):
+            path = tmp_path / "pictures" / model / "prompts" / f"prompt{number:05d}_seed0_0.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_video(path.with_suffix(".mp4"), sample, fps=8) if clips else to_pil(sample[None, :, 4])[0].save(path)
+    rows = "".join(f"{model},{number},a prompt\n" for model in ("base", "trained") for number in range(9))
+    (tmp_path / "scores.csv").write_text(f"model,prompt,text\n{rows}")
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "scripts" / "gallery.py", tmp_path / "gallery.png", f"a = b={tmp_path}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pixels = np.asarray(Image.open(tmp_path / "gallery.png").convert("L")).astype(int)
+    for cell in range(8):
+        x, y = 70 + cell * 98 + 48, 24 + 48
+        grey = (0, 85, 170, 255)[cell % 4] if clips else 170
+        assert pixels[y, x] <= 3 and abs(pixels[y + 98, x] - grey) <= 3
+    assert (pixels[:24] < 128).any() and (pixels[24 + 2 * 98 :] < 128).any()

@@ -215,7 +215,12 @@ def test_nothing_of_a_run_becomes_markup(tmp_path):
     (run / "samples" / "iteration_000001.txt").write_text(f"{NASTY}\n")
     (run / "evaluation").mkdir()
     (run / "evaluation" / "results.md").write_text(f"# {NASTY}\n\n{NASTY}\n\n| {NASTY} |\n| --- |\n| {NASTY} |\n")
+    for clip in ("samples/iteration_000001_0.mp4", "evaluation/samples/base_0.mp4"):
+        (run / clip).parent.mkdir(exist_ok=True)
+        (run / clip).touch()
+    (run / "evaluation" / "samples.txt").write_text(f"base 0.5 {NASTY}\n")
     text, tables, shown = report(run)
+    assert text.count("<video") == 2 and html.escape(f"base 0.5 {NASTY}") in text
     assert "<b>" not in text and "<script>alert" not in text and text.count("</script>") == 2
     assert shown["runs"] == [NASTY.replace("/", "|")] and list(shown["charts"]) == [f"reward/{NASTY}_mean"]
     assert [NASTY] in tables.rows and ["--model", NASTY] in tables.rows
