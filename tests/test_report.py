@@ -197,10 +197,12 @@ def test_thousands_of_iterations_keep_their_spikes(tmp_path):
 
 
 def test_a_run_that_goes_on_and_one_without_a_manifest(tmp_path):
-    """One iteration is a dot; a line that is being written is no line yet; old runs may lack anything else."""
+    """One iteration is a dot; a line that is being written is no line yet; others' files are left alone; anything else may be missing."""
     run = write_run(tmp_path / "run", [{"reward/taste_mean": 0.5}], iterations=7)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"iteration": 2, "reward/ta')
+    for other in ("samples/notes.png", "samples/iteration_best.png", "evaluation/samples/mine.mp4"):
+        damaged(run, other, "")
     text, tables, shown = report(run, write_run(tmp_path / "bare", [{}]))
     assert ["run", "train.py", "1 of 7, not at its end", "?", "0 s", "?"] in tables.rows
     assert shown["charts"]["reward/taste_mean"]["curves"][0]["value"] == [0.5]
@@ -257,7 +259,7 @@ def test_what_is_no_run_is_named(tmp_path, make, sentence):
 
 
 def damaged(run: Path, name: str, content: str) -> Path:
-    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
     (run / name).write_text(content)
     return run
 

@@ -40,16 +40,22 @@ class RunFiles:
 
     def samples(self) -> list[tuple[int, Path]]:
         """Iteration and grid, first and last ones; one pair if there is one grid."""
-        found = sorted((int(path.stem.removeprefix("iteration_")), path) for path in self.folder.glob("samples/iteration_[0-9]*.png"))
+        found = sorted((number, path) for path in self.folder.glob("samples/*.png") if (number := _number(path, "iteration")) is not None)
         return [found[0], found[-1]][: len(found)] if found else []
 
     def evaluation(self) -> tuple[str, list[Path], dict[str, list[Path]]]:
         """What evaluate.py wrote into RUN/evaluation: its tables in Markdown, its grids, and of each model the clips."""
         folder, clips = self.folder / "evaluation", {}
-        for path in sorted(folder.glob("samples*/*_[0-9]*.mp4"), key=lambda path: int(path.stem.rpartition("_")[2])):
+        found = {path: number for path in folder.glob("samples*/*.mp4") if (number := _number(path)) is not None}
+        for path in sorted(found, key=lambda path: (path.parent, found[path])):
             clips.setdefault(path.stem.rpartition("_")[0], []).append(path)
-        tables = folder / "results.md"
-        return tables.read_text(encoding="utf-8") if tables.is_file() else "", sorted(folder.glob("samples*.png")), clips
+        return "\n".join(lines_of(folder / "results.md")), sorted(folder.glob("samples*.png")), clips
+
+
+def _number(path: Path, name: str = "") -> int | None:
+    """Of a file that is called `NAME_NUMBER`; None if it is called otherwise."""
+    before, _, digits = path.stem.rpartition("_")
+    return int(digits) if digits.isdecimal() and before and name in ("", before) else None
 
 
 def read_runs(folders: tuple[Path, ...]) -> list[RunFiles]:
