@@ -45,5 +45,3 @@ for (const video of document.querySelectorAll("video")) {
   video.addEventListener("pointerleave", () => (video.controls = false));
   seen.observe(video);
 }
-
-addEventListener("beforeprint", () => document.querySelectorAll("details").forEach((part) => (part.open = true)));
