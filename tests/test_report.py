@@ -176,6 +176,20 @@ def test_differences_of_arguments(tmp_path):
     assert "<title>one/run, other/run</title>" in text
 
 
+def test_a_reward_that_one_run_holds_out_is_one_chart(tmp_path):
+    one = write_run(tmp_path / "one", [{"reward/taste_mean": 0.1, "held_out/clip_mean": 0.2}] * 2)
+    other = write_run(tmp_path / "other", [{"reward/clip_mean": 0.3}] * 3)
+    text, tables, shown = report(one, other)
+    assert shown["charts"].keys() == {"reward/taste_mean", "held_out/clip_mean"}
+    assert [curve["value"] for curve in shown["charts"]["held_out/clip_mean"]["curves"]] == [[0.2] * 2, [0.3] * 3]
+    assert [row[:3] for row in tables.rows[4:7]] == [
+        ["taste", "one", "0.1000"],
+        ["clip (held out)", "one", "0.2000"],
+        ["clip", "other", "0.3000"],
+    ]
+    assert "clip<small>Held out by one.</small>" in text
+
+
 def test_what_is_not_finite_is_left_out(tmp_path):
     rows = [{"policy/grad_norm": value} for value in (1.0, math.nan, 3.0, math.inf, 5.0, 6.0)]
     text, _, shown = report(write_run(tmp_path / "run", rows), window=2)
@@ -229,14 +243,14 @@ def test_nothing_of_a_run_becomes_markup(tmp_path):
 
 
 def test_markdown_of_an_evaluation():
-    text = (
-        "# Evaluation\n\nBehind ± is half.\n\n## prompts: 6 pictures\n\n| reward | mean |\n| --- | --- |\n| clip, a \\| b | 0.5 ± 0.1 |\n"
-    )
+    text = "# Evaluation\n\nBehind ± is half.\n\n## prompts: 6 pictures\n\n"
+    text += "| reward | mean |\n| --- | --- |\n| clip, a \\| b | 0.5 ± 0.1 |\n\n| other |\n| --- |\n"
     assert markdown_blocks(text) == [
         ("heading", "Evaluation"),
         ("text", "Behind ± is half."),
         ("heading", "prompts: 6 pictures"),
         ("table", [["reward", "mean"], ["clip, a | b", "0.5 ± 0.1"]]),
+        ("table", [["other"]]),
     ]
 
 
@@ -356,7 +370,7 @@ def test_a_browser_shows_it(browser, runs, tmp_path, width, scheme):
     box = plot.bounding_box()
     tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + 50)
     value = metrics(runs["pictures"])[1]["reward/aesthetic_mean"]
-    assert plot.locator(".tip").inner_text().startswith(f"iteration 2\n{float(f'{value:.6g}')}, mean ")
+    assert plot.locator(".tip").inner_text().startswith(f"iteration 2\n{float(f'{value:.4g}')}, mean ")
     tip = plot.locator(".tip").bounding_box()
     assert tip["x"] >= 0 and tip["x"] + tip["width"] <= width
     assert messages == [] and [url for url in requests if not url.startswith("data:")] == [(tmp_path / "report.html").as_uri()]

@@ -11,12 +11,13 @@ MOST_POINTS = 600  # of a curve: longer ones show the lowest and the highest val
 SIDE = 1000  # of the drawing, in its own units
 
 
-def chart(key: str, title: str, note: str, runs: list[RunFiles], window: int) -> tuple[str, dict]:
+def chart(keys: tuple[str, ...], title: str, note: str, runs: list[RunFiles], window: int) -> tuple[str, dict]:
     """A figure of one metric, and what the pointer shows: {"first", "last", "curves": [{"run", "x", "value", "mean"}]}.
 
-    Each run has its values, thin, and their moving average, thick. What is not finite is left out and counted.
+    keys: names of the metric; a run has one of them. Its values are drawn thin, and their moving average thick. What is not finite is left
+    out and counted.
     """
-    series = {run.number: run.series(key) for run in runs if any(key in row for row in run.rows)}
+    series = {run.number: found for run in runs if (found := run.series(*keys))[0].size}
     values = np.concatenate([values for _, values in series.values()])
     x_range = 1.0, max(2.0, *(float(iterations.max()) for iterations, _ in series.values()))
     low, high = _limits(values[np.isfinite(values)])
@@ -38,7 +39,7 @@ def chart(key: str, title: str, note: str, runs: list[RunFiles], window: int) ->
     note = f"{note} {missing} values are not finite, and left out.".strip() if missing else note
     figure = (
         f'<figure class="chart"><figcaption>{escape(title)}<small>{escape(note)}</small></figcaption>'
-        f'<div class="plot" data-key="{escape(key)}">'
+        f'<div class="plot" data-key="{escape(keys[0])}">'
         f'<svg viewBox="0 0 {SIDE} {SIDE}" preserveAspectRatio="none" role="img" aria-label="{escape(title)}">{grid}{"".join(paths)}</svg>'
         f'{labels}<div class="cursor"></div><div class="tip"></div></div></figure>'
     )

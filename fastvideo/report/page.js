@@ -1,6 +1,8 @@
 "use strict";
 const { runs, charts } = JSON.parse(document.getElementById("data").textContent);
 
+const number = (value) => (value === null ? "not finite" : Number(value.toPrecision(4)));
+
 for (const plot of document.querySelectorAll(".plot")) {
   const { first, last, curves } = charts[plot.dataset.key];
   const [cursor, tip] = [plot.querySelector(".cursor"), plot.querySelector(".tip")];
@@ -17,7 +19,7 @@ for (const plot of document.querySelectorAll(".plot")) {
       const key = document.createElement("i");
       key.className = `key c${curve.run % 8}`;
       const other = curve.x[i] === at ? "" : ` at ${curve.x[i]}`;
-      line(key, `${curve.value[i] ?? "not finite"}, mean ${curve.mean[i] ?? "none"}${other}${runs.length > 1 ? ` (${runs[curve.run]})` : ""}`);
+      line(key, `${number(curve.value[i])}, mean ${number(curve.mean[i])}${other}${runs.length > 1 ? ` (${runs[curve.run]})` : ""}`);
     }
     const across = (100 * (at - first)) / (last - first);
     cursor.style.left = `${across}%`;

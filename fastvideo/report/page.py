@@ -34,50 +34,64 @@ HERE = Path(__file__).parent
 
 def page(runs: list[RunFiles], window: int, clips: int) -> str:
     """The whole page as HTML; nothing in it asks for another file."""
-    keys = list(dict.fromkeys(key for run in runs for key in run.metrics()))
-    means = {key: (_reward(key), "") for key in keys if key.startswith(("reward/", "held_out/")) and key.endswith("_mean")}
-    rest = {key: (key, "") for key in keys if key not in means | POLICY | COSTS | {"samples": 0}}
+    names = list(dict.fromkeys(name for run in runs for name in run.metrics()))
+    rewards: dict[str, tuple[str, ...]] = {}  # as they are called -> the names of their means, in runs that train on them and in others
+    for name in names:
+        if name.startswith(("reward/", "held_out/")) and name.endswith("_mean"):
+            title = name.partition("/")[2].removesuffix("_mean")
+            rewards[title] = (*rewards.get(title, ()), name)
+    known = {name for keys in rewards.values() for name in keys} | {*POLICY, *COSTS, "samples"}
+    rest = {name: (name, "") for name in names if name not in known}
     data: dict[str, Any] = {}
-    legend = f'<ul class="keys">{"".join(f"<li>{_name(run)}</li>" for run in runs)}</ul>' if len(runs) > 1 else ""
 
-    def charts(titles: dict[str, tuple[str, str]]) -> str:
+    def charts(titles: dict[tuple[str, ...], tuple[str, str]]) -> str:
         figures = []
-        for key, (title, note) in titles.items():
-            if key in keys:
-                figure, data[key] = chart(key, title, note, runs, 1 if key in UNAVERAGED else window)
-                figures.append(figure)
+        for keys, (title, note) in titles.items():
+            figure, data[keys[0]] = chart(keys, title, note, runs, 1 if keys[0] in UNAVERAGED else window)
+            figures.append(figure)
+        legend = f'<ul class="keys">{"".join(f"<li>{_name(run)}</li>" for run in runs)}</ul>' if len(runs) > 1 else ""
         return f'{legend}<div class="charts">{"".join(figures)}</div>'
+
+    def those_of(titles: dict[str, tuple[str, str]]) -> str:
+        return charts({(name,): text for name, text in titles.items() if name in names})
 
     reading = (
         f"Thin: each iteration. Thick: mean of the last {window}. Point at a curve for its numbers. "
         f"The table has means of the first and the last {window} iterations, or of the halves of a shorter run."
     )
     drawn = "The same prompts and noise at the first and the last time that samples were drawn, without noise in the steps."
+    curves = charts({keys: (title, _held_out(runs, keys)) for title, keys in rewards.items()})
+    evaluations = [_markdown(run.evaluation()[0]) + media.evaluation(run, clips) for run in runs]
     sections = [
-        _section("Rewards", reading, _rewards(runs, means, window) + charts(means)),
-        _section("Policy", "", charts(POLICY)),
-        _section("Time and memory", "", _time(runs) + charts(COSTS)),
+        _section("Rewards", reading, _rewards(runs, rewards, window) + curves),
+        _section("Policy", "", those_of(POLICY)),
+        _section("Time and memory", "", _time(runs) + those_of(COSTS)),
         _of_each("Samples", drawn, runs, [media.samples(run, clips) for run in runs]),
-        _of_each("Evaluation", "", runs, [_markdown(run.evaluation()[0]) + media.evaluation(run, clips) for run in runs]),
+        _of_each("Evaluation", "", runs, evaluations),
         _section("Arguments that differ", "", _differences(runs)) if len(runs) > 1 else "",
         _section("Manifests", "", "".join(_manifest(run) for run in runs)),
-        _section("All other metrics", "", f"<details><summary>{len(rest)} curves</summary>{charts(rest)}</details>") if rest else "",
+        _section("All other metrics", "", f"<details><summary>{len(rest)} curves</summary>{those_of(rest)}</details>") if rest else "",
     ]
-    names = ", ".join(run.name for run in runs)
-    shown = json.dumps({"runs": [run.name for run in runs], "charts": data}, allow_nan=False).replace("<", "\\u003c")
+    body = f"<h1>Training report</h1>{_overview(runs)}{''.join(sections)}"
+    return _document(", ".join(run.name for run in runs), body, {"runs": [run.name for run in runs], "charts": data})
+
+
+def _document(title: str, body: str, data: dict[str, Any]) -> str:
+    """data: what the script reads."""
+    policy = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+    shown = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:; media-src data:; '
-        "style-src 'unsafe-inline'; script-src 'unsafe-inline'\">"
-        f'<link rel="icon" href="data:,"><title>{escape(names)}</title><style>{(HERE / "page.css").read_text()}</style></head><body>'
-        f"<h1>Training report</h1>{_overview(runs)}{''.join(sections)}"
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><link rel="icon" href="data:,"><title>{escape(title)}</title>'
+        f"<style>{(HERE / 'page.css').read_text()}</style></head><body>{body}"
         f'<script type="application/json" id="data">{shown}</script><script>{(HERE / "page.js").read_text()}</script></body></html>\n'
     )
 
 
-def _reward(key: str) -> str:
-    kind, _, name = key.removesuffix("_mean").partition("/")
-    return f"{name} (held out)" if kind == "held_out" else name
+def _held_out(runs: list[RunFiles], keys: tuple[str, ...]) -> str:
+    """Which runs have not been trained on a reward."""
+    names = [run.name for run in runs if any(key in run.metrics() for key in keys if key.startswith("held_out/"))]
+    return "" if not names else "Held out." if len(runs) == 1 else f"Held out by {', '.join(names)}."
 
 
 def _section(title: str, note: str, body: str) -> str:
@@ -116,21 +130,22 @@ def _overview(runs: list[RunFiles]) -> str:
 
 
 def _duration(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{seconds:.0f} s" if seconds < 120 else f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+    minutes = seconds / 60
+    return f"{seconds:.0f} s" if minutes < 2 else f"{minutes:.1f} min" if minutes < 100 else f"{minutes // 60:.0f} h {minutes % 60:.0f} min"
 
 
-def _rewards(runs: list[RunFiles], means: dict[str, tuple[str, str]], window: int) -> str:
+def _rewards(runs: list[RunFiles], rewards: dict[str, tuple[str, ...]], window: int) -> str:
     """Means of the first and the last `window` iterations of each run, or of its halves."""
     rows = []
-    for key, (title, _) in means.items():
+    for title, keys in rewards.items():
         for run in runs:
-            values = run.series(key)[1]
+            values = run.series(*keys)[1]
             if values.size:
                 count = min(window, -(-values.size // 2))
                 first, last = float(values[:count].mean()), float(values[-count:].mean())
                 named = [_name(run)] if len(runs) > 1 else []
-                rows.append([escape(title), *named, f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}"])
+                held_out = " (held out)" if _held_out([run], keys) else ""
+                rows.append([escape(title + held_out), *named, f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}"])
     return _table(["reward", *(["run"] if len(runs) > 1 else []), "at the start", "at the end", "change"], rows)
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,9 @@ class RunFiles:
         """Metrics that any iteration has, in their order."""
         return list(dict.fromkeys(key for row in self.rows for key in row if key != "iteration"))
 
-    def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """Iterations that have the metric, and its values, float64; not all need be finite."""
-        pairs = [(row["iteration"], row[key]) for row in self.rows if key in row]
+    def series(self, *keys: str) -> tuple[np.ndarray, np.ndarray]:
+        """Iterations that have the metric, under one of its names, and its values, float64; not all need be finite."""
+        pairs = [(row["iteration"], row[key]) for row in self.rows for key in keys if key in row]
         iterations, values = np.array(pairs, float).reshape(-1, 2).T
         return iterations, values
 
@@ -105,13 +106,13 @@ def lines_of(path: Path) -> list[str]:
 def markdown_blocks(text: str) -> list[tuple[str, Any]]:
     """("heading", text), ("text", text) and ("table", rows of cells) of Markdown as evaluate.py writes it."""
     blocks: list[tuple[str, Any]] = []
-    for line in filter(str.strip, text.splitlines()):
+    for before, line in pairwise(["", *text.splitlines()]):
         if line.startswith("|"):
             cells = [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-            if not blocks or blocks[-1][0] != "table":
+            if not before.startswith("|"):
                 blocks.append(("table", []))
             if not all(re.fullmatch(":?-+:?", cell) for cell in cells):
                 blocks[-1][1].append(cells)
-        else:
+        elif line.strip():
             blocks.append(("heading", line.lstrip("# ")) if line.startswith("#") else ("text", line))
     return blocks
