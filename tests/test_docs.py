@@ -20,10 +20,11 @@ PYTHON = [REPOSITORY / file for file in FILES if file.endswith(".py") and not fi
 # By the reader, as are all that have NAME in their names
 TO_BE_WRITTEN = {"FILE.py", "colourful.py", "brightness.py", "palette.py", "hpsv3_reward.py", "my_detector.py"}
 # fmt: off
-OTHERS_FLAGS = {  # of torchrun, pip, pytest, SLURM, Docker, hf and what else the pages tell people to run
+OTHERS_FLAGS = {  # of torchrun, TensorBoard, pip, pytest, SLURM, Docker, hf and what else the pages tell people to run
     "no", "standalone", "nproc_per_node", "no-build-isolation", "no-deps", "nodes", "gpus-per-node", "time", "signal", "nodelist", "batch",
     "requeue", "overlap", "jobid", "pid", "nv", "pwd", "bind", "container-image", "container-workdir", "container-mounts", "numprocesses",
     "include", "exclude", "local-dir", "help", "data-binary", "write", "repo-type", "full",
+    "logdir",
 }
 # fmt: on
 
