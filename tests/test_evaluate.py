@@ -23,6 +23,7 @@ import evaluate as script
 from fastvideo.errors import UserError
 from fastvideo.evaluation import human_pairs
 from fastvideo.evaluation.benchmarks import Benchmark
+from fastvideo.evaluation.checkpoints import parse_checkpoints, settings_of_runs
 from fastvideo.evaluation.diversity import load_features
 from fastvideo.evaluation.results import scored
 from fastvideo.evaluation.statistics import margins
@@ -342,8 +343,10 @@ def test_command_line_and_torchrun(evaluate, results_of_run, finished_run):
         ({"--model": REPOSITORY / "shapes"}, "is no diffusers folder: it has no model_index.json"),
         ({"--prompts": "nowhere.txt"}, "cannot read prompt file nowhere.txt"),
         ({"--rewards": "beauty"}, "--rewards: unknown reward 'beauty'"),
+        ({"--human_pairs": 3}, "--human_pairs needs --checkpoints"),
+        ({"--benchmarks": "beauty=x"}, "benchmark 'beauty=x' is not of the form"),
     ],
-    ids=["no_run", "no_model", "no_prompts", "unknown_reward"],
+    ids=["no_run", "no_model", "no_prompts", "unknown_reward", "pairs_of_one_model", "unknown_benchmark"],
 )
 def test_mistakes(evaluate, flags, message):
     result = evaluate(flags, check=False)
@@ -352,6 +355,74 @@ def test_mistakes(evaluate, flags, message):
     sentences = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
     assert len(sentences) == 1
     assert message in sentences[0]
+
+
+def test_names_of_checkpoints():
+    texts = ["runs/a/export", "more/a/export", "best=runs/b/export", "runs/lr=1/export", "x/base/export"]
+    found = [(checkpoint.name, str(checkpoint.export)) for checkpoint in parse_checkpoints(texts)]
+    assert found == [
+        ("a", "runs/a/export"),
+        ("a_2", "more/a/export"),
+        ("best", "runs/b/export"),
+        ("lr_1", "runs/lr=1/export"),
+        ("base_2", "x/base/export"),
+    ]
+    assert [checkpoint.name for checkpoint in parse_checkpoints(["runs/a/export", "a=runs/b/export"])] == ["a_2", "a"]
+    for texts, message in (
+        (["a=x/export", "a=y/export"], "the name 'a' is given twice"),
+        (["base=x/export"], "'base' is --model's name"),
+        (["=x/export"], "'=x/export' is not of the form [NAME=]RUN/export"),
+        (["a="], "'a=' is not of the form [NAME=]RUN/export"),
+    ):
+        with pytest.raises(UserError) as error:
+            parse_checkpoints(texts)
+        assert message in str(error.value)
+
+
+def test_runs_must_agree_on_sampling_settings_or_a_flag_settles_it(finished_run, tmp_path):
+    manifest = json.loads((finished_run / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"sampling": manifest["sampling"] | {"shift": 5.0}}))
+    checkpoints = parse_checkpoints([str(finished_run / "export"), str(tmp_path / "export")])
+    known = manifest["sampling"].keys()
+    with pytest.raises(UserError) as error:
+        settings_of_runs(checkpoints, "FluxPipeline", known, (), script.NUMBERS)
+    assert str(error.value) == (
+        f"--checkpoints {finished_run}/export and {tmp_path}/export were trained with shift 3.0 and 5.0: give --shift, for all of them"
+    )
+    assert settings_of_runs(checkpoints, "FluxPipeline", known, ["shift"], script.NUMBERS) == manifest["sampling"]
+    assert settings_of_runs(checkpoints[1:], "FluxPipeline", known, (), script.NUMBERS)["shift"] == 5
+
+
+def test_a_named_benchmark_beside_prompts(evaluate, tmp_path):
+    """GenEval's six kinds in the shapes world: groups in all tables, the whole their mean; what has changed begins anew, and is named."""
+    lines = (MODEL.parents[1] / "prompts" / "geneval.jsonl").read_text().splitlines()
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines[::8] + lines[1:4]) + "\n")
+    flags = {"--benchmarks": f"geneval={tmp_path}/questions.jsonl,detector=shapes,images=2", "--sampling_steps": 2, "--num_seeds": 1}
+    flags |= {"--scores_dir": tmp_path / "scores"}
+    results, folder = evaluate(flags)
+    assert results["benchmarks"].keys() == {"prompts", "geneval"}
+    entry = results["scores"]["base"]["geneval"]["geneval"]
+    pictures = [row for row in csv.DictReader((folder / "scores.csv").read_text().splitlines()) if row["benchmark"] == "geneval"]
+    assert len(pictures) == 24 and all(row["aesthetic"] == "" for row in pictures)
+    kinds = [json.loads(line)["tag"] for line in (tmp_path / "questions.jsonl").read_text().splitlines()]
+    assert entry["groups"].keys() == set(kinds)
+    for kind, part in entry["groups"].items():
+        own = [float(row["geneval"]) for row in pictures if kinds[int(row["prompt"])] == kind]
+        assert (part["mean"], part["prompts"]) == (pytest.approx(statistics.fmean(own)), kinds.count(kind))
+    assert entry["mean"] == pytest.approx(statistics.fmean(part["mean"] for part in entry["groups"].values()))
+    flat = [row for row in csv.DictReader((folder / "results.csv").read_text().splitlines()) if row["reward"] == "geneval"]
+    assert [row["group"] for row in flat] == ["", *entry["groups"]]
+    assert [float(row["mean"]) for row in flat] == [entry["mean"], *(part["mean"] for part in entry["groups"].values())]
+    markdown = (folder / "results.md").read_text()
+    assert "## geneval: 24 pictures of 12 prompts by each model" in markdown
+    for kind, part in entry["groups"].items():
+        assert f"| geneval, {kind} | base | {part['mean']:.4f} ± " in markdown
+    assert all((folder / f"samples_{name}.png").is_file() for name in ("prompts", "geneval"))
+
+    result = evaluate(flags, {"--rewards": "aesthetic", "--sampling_steps": 3}, check=False)
+    assert result.returncode == 0, result.stderr
+    assert re.search(rf"{MODEL} on prompts begins anew: \S+ has it with another sampling and rewards\n", result.stdout)
+    assert re.search(rf"{MODEL} on geneval begins anew: \S+ has it with another sampling\n", result.stdout)
 
 
 def test_broken_checkpoint(evaluate, base_as_checkpoint):

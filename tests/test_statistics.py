@@ -13,6 +13,7 @@ from fastvideo.evaluation.diversity import load_features, mean_distance
 from fastvideo.evaluation.results import Scored, scored, summarise
 from fastvideo.evaluation.statistics import margins, means, wins
 from fastvideo.evaluation.store import Job, Record
+from fastvideo.evaluation.tables import as_markdown
 from fastvideo.rewards.clip import load_clip_folder
 
 CPU = torch.device("cpu")
@@ -179,6 +180,30 @@ def test_differences_are_paired_and_ties_count_half(found):
     same = differences["two"]["one"]["bench"]["s"]
     assert (same["mean"], same["interval"], same["win_rate"]["mean"]) == (0, None, 0.5)
     assert "win_rate" not in differences["one"]["base"]["bench"]["diversity.pixels"]
+
+
+@pytest.mark.parametrize(("gain", "low", "high"), [(1.0, 0.541, 1.0), (-1.0, 0.0, 1 - 0.541)])  # of Clopper and Pearson, for 6 of 6
+def test_a_rate_without_exception_has_an_exact_interval(found, gain, low, high):
+    parts, benchmark = found
+    before = parts["base"]["bench"].scores
+    models = {"base": parts["base"], "one": {"bench": Scored({name: values + gain for name, values in before.items()}, {})}}
+    models["base"] = {"bench": Scored(before, {})}
+    plain = summarise(models, [Benchmark("bench", benchmark.rows, ("r", "s"), 2, group="tag")])
+    won = plain["differences"]["one"]["base"]["bench"]["s"]["win_rate"]
+    assert won["interval"] == pytest.approx([low, high], abs=1e-3)
+    assert won["groups"]["b"]["interval"] == pytest.approx([0.025**0.5, 1] if gain > 0 else [0, 1 - 0.025**0.5])
+    assert summarise(models, [benchmark])["differences"]["one"]["base"]["bench"]["s"]["win_rate"]["interval"] is None  # of means of groups
+
+
+def test_markdown_has_a_table_for_each_model_unless_there_are_many(found):
+    parts, benchmark = found
+    for number, tables in ((2, 1), (3, 2), (5, 4), (6, 1)):
+        models = {f"m{i}": parts["one"] for i in range(number)}
+        facts = {"sampling": {"shift": 3}, "benchmarks": {"bench": {"prompts": 6, "samples": 24, "kind": "clip"}}}
+        text = as_markdown(facts | summarise(models, [benchmark]))
+        assert text.count("| reward | model | mean | difference to m") == tables
+        assert ("Differences between checkpoints are in results.json" in text) == (number == 6)
+        assert "## bench: 24 clips of 6 prompts by each model" in text
 
 
 # ------------------------------------------------------------------------------------------------------------------------ diversity

@@ -1,4 +1,4 @@
-"""Evaluation: which prompts a benchmark has and how they are scored (benchmarks.py), and what may be said of the scores (statistics.py).
+"""Evaluation: what a benchmark is (benchmarks.py), what is still to be sampled (tasks.py, store.py), what may be said (statistics.py).
 
 `evaluate.py` samples the pictures. Nothing of training may live here.
 """

@@ -51,6 +51,7 @@ def summarise(found: dict[str, dict[str, Scored]], benchmarks: Sequence[Benchmar
     for benchmark in benchmarks:
         here = {model: parts[benchmark.name] for model, parts in found.items()}
         groups = [str(row[benchmark.group]) for row in benchmark.rows] if benchmark.group else None
+        number = None if groups and benchmark.total == "groups" else len(benchmark.rows)
         first = next(iter(here.values()))
         for name in [*first.scores, *first.diversity]:
             is_reward = name in first.scores
@@ -62,7 +63,7 @@ def summarise(found: dict[str, dict[str, Scored]], benchmarks: Sequence[Benchmar
             for model, values in whole.items():
                 scores[model][benchmark.name][name] = entry[model] | (_of_seeds(values, groups, benchmark.total) if is_reward else {})
             for pair in pairs:
-                win_rate = {"win_rate": _at_most_1(entry[*pair, "wins"])} if is_reward else {}
+                win_rate = {"win_rate": _of_rate(entry[*pair, "wins"], number)} if is_reward else {}
                 differences[pair[0]][pair[1]][benchmark.name][name] = entry[pair] | win_rate
     return {"scores": scores, "differences": differences}
 
@@ -88,7 +89,18 @@ def _of_seeds(values: np.ndarray, groups: list[str] | None, total: str) -> dict[
     return {"seed_means": seed_means, "seed_std": statistics.stdev(seed_means) if len(seed_means) > 1 else 0.0}
 
 
-def _at_most_1(entry: dict[str, Any]) -> dict[str, Any]:
-    """A rate's interval without what no rate can be."""
-    interval = entry["interval"] and [max(0.0, entry["interval"][0]), min(1.0, entry["interval"][1])]
-    return entry | {"interval": interval} | {"groups": {name: _at_most_1(part) for name, part in entry.get("groups", {}).items()}}
+def _of_rate(entry: dict[str, Any], prompts: int | None) -> dict[str, Any]:
+    """Intervals without what no rate can be; and exact ones where all of a number of `prompts` have 1, or all have 0, and so no spread.
+
+    Then the bound is the rate at which that many in a row have a chance of at most 2.5 %.
+    """
+    interval, rate = entry["interval"], entry["mean"]
+    if interval:
+        interval = [max(0.0, interval[0]), min(1.0, interval[1])]
+    elif prompts and rate in (0, 1):
+        bound = 0.025 ** (1 / prompts)
+        interval = [bound, 1.0] if rate else [0.0, 1 - bound]
+    return entry | {
+        "interval": interval,
+        "groups": {name: part | _of_rate(part | {"groups": {}}, part["prompts"]) for name, part in entry["groups"].items()},
+    }

@@ -10,7 +10,7 @@ import numpy as np
 
 LEVEL = 0.95
 RESAMPLES = 9999  # one less than a multiple of 20, so that a resample stands exactly at 95 %
-CHUNK = 2**22  # prompts drawn at once, for memory's sake
+CHUNK, ROWS = 2**22, 64  # prompts drawn and rows resampled at once, for memory's sake
 FLOOR = 1 / 3  # a resample's standard error in those of the sample, at least: a resample can miss the few prompts that differ
 ROUNDING = 1e-12
 
@@ -28,6 +28,8 @@ def margins(values: np.ndarray, groups: Sequence[str] | None = None, seed: int =
     to 92 % of cases, and these in 93 to 97 %. Groups are drawn each for itself, as a benchmark has so many prompts of each. Infinite: for
     a single prompt, for a group of one, and where all prompts have the same.
     """
+    if len(values) > ROWS:
+        return np.concatenate([margins(values[start : start + ROWS], groups, seed) for start in range(0, len(values), ROWS)])
     generator = np.random.default_rng(seed)
     parts = _parts(values, groups)
     if min(part.shape[1] for part in parts) < 2:

@@ -11,6 +11,7 @@ from fastvideo.evaluation.results import Scored
 from fastvideo.files import whole_file
 
 INTERVALS = "95 % intervals are of a symmetric studentized bootstrap over prompts, each with all its pictures"
+MANY = 5  # models, beyond which a table for each would not be read
 COLUMNS = ("model", "benchmark", "reward", "group", "prompts", "mean", "low", "high", "seed_std")
 AGAINST = ("difference", "low", "high", "win_rate", "win_low", "win_high")
 
@@ -125,7 +126,7 @@ def print_table(results: dict[str, Any]) -> None:
 
 
 def as_markdown(results: dict[str, Any]) -> str:
-    """All tables: of each benchmark one with differences to the base, and one for each other model to which there are differences."""
+    """Of each benchmark a table with differences to the base, and unless there are MANY models one for each other that has one after it."""
     models = list(results["scores"])
     lines = ["# Evaluation", "", f"Sampling: {', '.join(f'{name} {value}' for name, value in results['sampling'].items())}.", ""]
     lines += [
@@ -133,9 +134,11 @@ def as_markdown(results: dict[str, Any]) -> str:
         "",
     ]
     lines[-2] += " the other model's from the same prompt and noise; equal ones count half."
+    if len(models) > MANY:
+        lines += ["Differences between checkpoints are in results.json and results.csv.", ""]
     for benchmark in results["benchmarks"]:
         lines += [f"## {heading(results, benchmark)}", ""]
-        for against in models[:-1] or models:
+        for against in (models[:-1] or models)[: None if len(models) <= MANY else 1]:
             shown = [row for row in _rows(results, benchmark, against, groups=True) if against == models[0] or row[3]]
             columns = ["reward", "model", "mean", f"difference to {against}", "wins"][: 5 if len(models) > 1 else 3]
             table = [columns, ["---"] * len(columns), *(row[: len(columns)] for row in shown)]
