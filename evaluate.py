@@ -232,7 +232,7 @@ def sampling_settings(args: Args, pipeline: DiffusionPipeline) -> dict[str, Any]
         limit = getattr(pipeline, family.length_limit).model_max_length
         settings["max_sequence_length"] = min(settings["max_sequence_length"], limit)
     given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    settings |= settings_of_runs(parse_checkpoints(args.checkpoints), known, given, NUMBERS)
+    settings |= settings_of_runs(parse_checkpoints(args.checkpoints), type(pipeline).__name__, known, given, NUMBERS)
     for name in given.keys() - known.keys():
         raise UserError(f"--{name} is not a setting of {type(pipeline).__name__}, which has {', '.join(known)}")
     return settings | given

@@ -44,6 +44,7 @@ SD = "train_grpo_sd.py"
 SKYREELS = "train_grpo_skyreels.py"
 WAN = "train_grpo_wan.py"
 RUN = "fastvideo/runs/run.py"
+UPDATE_STATISTICS = "fastvideo/runs/statistics.py"
 CHECKPOINT = "fastvideo/runs/checkpoint.py"
 GUARDS = "fastvideo/runs/guards.py"
 ZERO = "fastvideo/parallel/zero.py"
@@ -412,7 +413,7 @@ MUTANTS = [
     Mutant(
         "run: ratio not checked",
         RUN,
-        "if len(self.norms) == 1 and self.iteration == self.done + 1:",
+        'if len(self.norms) == 1 and self.iteration == self.done + 1 and "ratio_max_dev" in stats:',
         "if False:",
         f"{TRAIN} -k stops_all",
     ),
@@ -432,12 +433,18 @@ MUTANTS = [
     ),
     Mutant(
         "run: metrics of one process",
-        RUN,
-        "stats = [row for rows in distributed.all_gather_object(own) for row in rows]",
-        "stats = own * self.ranks.world_size",
+        UPDATE_STATISTICS,
+        "rows = [row for rows in gathered for row in rows]",
+        "rows = gathered[0] * len(gathered)",
         WIRING,
     ),
-    Mutant("run: metrics without shares", RUN, 'sum(row[name] * row["share"] for row in stats)', "sum(row[name] for row in stats)", WIRING),
+    Mutant(
+        "run: metrics without shares",
+        UPDATE_STATISTICS,
+        'sum(row[name] * row["share"] for row in rows)',
+        "sum(row[name] for row in rows)",
+        WIRING,
+    ),
     Mutant(
         "run: captions of other pictures",
         RUN,
@@ -609,8 +616,8 @@ MUTANTS = [
     Mutant(
         "shapes: pictures half as bright",
         "shapes/rewards.py",
-        "media.detach().float().cpu() / 2 + 0.5",
-        "media.detach().float().cpu() / 2",
+        "(media.float().cpu() / 2 + 0.5).clamp(0, 1)",
+        "(media.float().cpu() / 2).clamp(0, 1)",
         WIRING,
     ),
     # Prompts, evaluation
@@ -645,29 +652,29 @@ MUTANTS = [
     Mutant(
         "evaluation: equal noise for all pictures of a prompt",
         "evaluate.py",
-        '"evaluation", prompt, k)',
-        '"evaluation", prompt)',
+        '"evaluation", job.prompt, job.k)',
+        '"evaluation", job.prompt)',
         "tests/test_evaluate.py -k each_picture",
     ),
     Mutant(
         "evaluation: equal noise for all seeds",
         "evaluate.py",
-        'keyed_generator(seed, "evaluation"',
+        'keyed_generator(job.seed, "evaluation"',
         'keyed_generator(0, "evaluation"',
         "tests/test_evaluate.py -k each_picture",
     ),
     Mutant(
         "evaluation: scores of other seeds",
-        "evaluate.py",
-        "per_seed = len(jobs) // args.num_seeds",
-        "per_seed = len(jobs) // args.images_per_prompt",
+        "fastvideo/evaluation/results.py",
+        ".reshape(shape).swapaxes(0, 1) for name in",
+        ".reshape(shape) for name in",
         "tests/test_evaluate.py -k each_picture",
     ),
     Mutant(
         "evaluation: spread of a population",
-        "evaluate.py",
-        "spread = statistics.stdev(seed_means)",
-        "spread = statistics.pstdev(seed_means)",
+        "fastvideo/evaluation/results.py",
+        "statistics.stdev(seed_means)",
+        "statistics.pstdev(seed_means)",
         "tests/test_evaluate.py -k results_and_pictures",
     ),
     # Guards

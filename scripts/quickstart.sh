@@ -24,7 +24,7 @@ attend python scripts/launch.py --standalone --nproc_per_node "$processes" train
 train_seconds=$((SECONDS - train_start))
 
 echo "== 3. evaluate before and after, on prompts that training never asked for"
-attend python scripts/launch.py --standalone --nproc_per_node "$processes" evaluate.py --model shapes/models/flux --checkpoint "$run/export" \
+attend python scripts/launch.py --standalone --nproc_per_node "$processes" evaluate.py --model shapes/models/flux --checkpoints trained="$run/export" \
     --prompts shapes/prompts/heldout.txt --rewards shapes_strict shapes clip=shapes/models/clip aesthetic \
     --num_seeds 3 --images_per_prompt 24 --batch_size 64 --output_dir "$run/evaluation"
 
@@ -32,7 +32,7 @@ cat <<END
 
 Run folder: $run
   metrics.jsonl           one line an iteration        tensorboard/             tensorboard --logdir $run/tensorboard
-  export/                 the trained transformer      evaluation/results.json  all scores
+  export/                 the trained transformer      evaluation/results.md    all scores, with intervals
   evaluation/rewards.png  reward curves, with the base model's noise band
   evaluation/samples.png  before and after, from the same noise
 END
@@ -41,9 +41,10 @@ import json, sys
 
 run, train_seconds, total_seconds = sys.argv[1:]
 results = json.load(open(f"{run}/evaluation/results.json"))
-measured = {"run": run, "images": results["images"], "train_seconds": int(train_seconds), "total_seconds": int(total_seconds)}
-for reward in results["base"]:
-    base, trained = results["base"][reward], results["trained"][reward]
-    measured[reward] = {"base": base["mean"], "base_seed_std": base["seed_std"], "trained": trained["mean"]}
+scores = {model: found["prompts"] for model, found in results["scores"].items()}
+samples = results["benchmarks"]["prompts"]["samples"]
+measured = {"run": run, "images": samples, "train_seconds": int(train_seconds), "total_seconds": int(total_seconds)}
+for reward, base in scores["base"].items():
+    measured[reward] = {"base": base["mean"], "base_seed_std": base.get("seed_std"), "trained": scores["trained"][reward]["mean"]}
 print(json.dumps(measured))
 END

@@ -73,5 +73,5 @@ common=(--seed "$seed" --prompts_per_iteration 8 --sampling_steps 8 --lr_warmup_
     --height 32 --width 32 --rollout_batch_size 64 --micro_batch_size 64 --checkpoint_every 100 --sample_every 100)
 attend python "preprocess/embed_$family.py" --model "$model" --prompts "shapes/prompts/$train" --output_dir "$cache" "${embed[@]}"
 "${launch[@]}" "train_grpo_$family.py" --model "$model" --embeddings "$cache" --output_dir "$run" "${common[@]}" "${flags[@]}" "$@"
-"${launch[@]}" evaluate.py --model "$model" --checkpoint "$run/export" --prompts "shapes/prompts/$heldout" \
+"${launch[@]}" evaluate.py --model "$model" --checkpoints trained="$run/export" --prompts "shapes/prompts/$heldout" \
     --rewards "${evaluated[@]}" --num_seeds 3 --images_per_prompt "$images" --batch_size 64 --output_dir "$run/evaluation"

@@ -2,7 +2,7 @@
 # Wan 2.1 text-to-video, 1.3B, at 832 x 480 on 8 GPUs (one node). The paper and its release have no Wan: here are the paper's steps for video, with Wan's
 # shift and guidance, and 16 prompts an iteration, since with 8 users of the release saw no learning. Needs the embedding cache of
 # scripts/preprocess_wan.sh. Downloads, memory, time: docs/models.md. The rewards are VideoAlign's visual and motion quality at Wan's 16 frames a
-# second; for others add --rewards NAME... at the end (docs/rewards.md);
+# second, of which it is shown 6 as for HunyuanVideo, for steadier training; for others add --rewards NAME... at the end (docs/rewards.md);
 # VIDEOALIGN is not needed then.
 #
 #   MODEL=models/Wan2.1-T2V-1.3B-Diffusers EMBEDDINGS=runs/embeddings/wan VIDEOALIGN=models/VideoReward bash scripts/train_wan.sh --output_dir runs/wan
@@ -12,7 +12,7 @@
 # GPUS is the number of processes on a node (8). On CPUs: DS_ACCELERATOR=cpu GPUS=2. Its process ID is the one to signal: it saves and stops.
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh" requirements.txt
 
-rewards=(--rewards "videoalign.vq=${VIDEOALIGN:-},clip_fps=16" "videoalign.mq=${VIDEOALIGN:-},clip_fps=16")
+rewards=(--rewards "videoalign.vq=${VIDEOALIGN:-},clip_fps=16,fps=6" "videoalign.mq=${VIDEOALIGN:-},clip_fps=16,fps=6")
 ! given --rewards "$@" || rewards=()
 need MODEL EMBEDDINGS ${rewards:+VIDEOALIGN}
 python "$repository/preprocess/check_model.py" "$MODEL" --family wan --use training

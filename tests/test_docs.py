@@ -17,13 +17,8 @@ from benchmarks.full_size import MODELS
 FILES = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.split()
 PAGES = [REPOSITORY / file for file in FILES if file.endswith(".md")]
 PYTHON = [REPOSITORY / file for file in FILES if file.endswith(".py") and not file.startswith("tests/")]
-TO_BE_WRITTEN = {
-    "FILE.py",
-    "brightness.py",
-    "palette.py",
-    "hpsv3_reward.py",
-    "my_detector.py",
-}  # by the reader, as are all that have NAME in their names
+# By the reader, as are all that have NAME in their names
+TO_BE_WRITTEN = {"FILE.py", "brightness.py", "palette.py", "hpsv3_reward.py", "my_detector.py"}
 # fmt: off
 OTHERS_FLAGS = {  # of torchrun, pip, pytest, SLURM, Docker, hf and what else the pages tell people to run
     "no", "standalone", "nproc_per_node", "no-build-isolation", "no-deps", "nodes", "gpus-per-node", "time", "signal", "nodelist", "batch",
@@ -90,6 +85,17 @@ def reduction_errors(processes: int) -> tuple[float, float]:
     return tuple(100 * float((found.double() - exact).norm() / exact.norm()) for found in (ring, pairs[0]))
 
 
+def last_steps_share(num_steps: int, falling: float = 0) -> float:
+    """Percent of all trained steps' squared sensitivity that the last one has, with Stable Diffusion v1.4's betas; eta ~ t^falling."""
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
+    alpha_bar, stride = (1 - betas).cumprod(0), 1000 // num_steps
+    t = torch.arange(num_steps - 1, 0, -1) * stride + 1  # without the last transition, which is not trained
+    a, b = alpha_bar[t], alpha_bar[t - stride]
+    std = (t / t[0]) ** falling * ((1 - b) / (1 - a) * (1 - a / b)).sqrt()
+    squares = (((1 - b - std**2).sqrt() - (b * (1 - a) / a).sqrt()) / std) ** 2
+    return 100 * float(squares[-1] / squares.sum())
+
+
 def computed() -> list[tuple[str, str, tuple[float, ...]]]:
     """Page, pattern of a sentence, and the numbers in its groups."""
     flux, hunyuan, wan = (MODELS[model] for model in ("flux.1-dev", "hunyuan_video", "wan_2.1_t2v_1.3b"))
@@ -128,6 +134,12 @@ def computed() -> list[tuple[str, str, tuple[float, ...]]]:
             )
         ),
         ("docs/parallelism.md", r"so (\d+) GB for FLUX.1-dev; `--keep", (16 * 12,)),  # with N = 12e9, as the page says
+        ("docs/paper_to_code.md", r"it has (\d+) % at T = 50 and (\d+) % at T = 8", (last_steps_share(50), last_steps_share(8))),
+        (
+            "docs/paper_to_code.md",
+            r"(\d+) % of all squared sensitivity at T = 50 \((\d+) % with `constant`\)",
+            (last_steps_share(50, falling=0.5), last_steps_share(50)),
+        ),
         (
             "docs/new_model.md",
             r"`train_grpo_skyreels.py` in (\d+) of (\d+) lines",

@@ -66,7 +66,7 @@ def test_text_is_as_long_as_the_right_tokenizer_allows(name, tmp_path):
     published = facts.sampling["max_sequence_length"][1]
     tokenizers = {f"tokenizer{f'_{i}' * (i > 1)}": SimpleNamespace(model_max_length=10 + i) for i in range(1, 4)}
     vae = SimpleNamespace(config=SimpleNamespace(sample_size=32))
-    args = evaluate.Args(tmp_path, tmp_path, ("shapes",), tmp_path)
+    args = evaluate.Args(tmp_path, tmp_path, prompts=tmp_path, rewards=("shapes",))
     limit = LIMITED_BY.get(name, facts.length_limit)
 
     def length() -> int:
@@ -118,5 +118,5 @@ def test_an_untrained_folder_is_embedded_trained_and_evaluated(name, tmp_path):
     assert [row["policy/ratio_max_dev"] < 2e-6 for row in rows] == [True, True]
     assert all(row["policy/grad_norm"] > 0 for row in rows)
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
-    assert results["base"] != results["trained"]
+    assert results["scores"]["base"] != results["scores"]["run"]
     assert results["sampling"] == json.loads((tmp_path / "run" / "manifest.json").read_text())["sampling"]

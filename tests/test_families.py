@@ -273,14 +273,20 @@ def test_the_export_in_diffusers_pipeline_is_our_sampler(policy, run, family, mo
 
 
 def test_the_export_is_evaluated_with_the_runs_settings(run, family, cache, tmp_path):
-    flags = {"--model": family.model, "--checkpoint": run / "export", "--prompts": cache.parent / "prompts.jsonl", "--num_seeds": 1}
+    flags = {
+        "--model": family.model,
+        "--checkpoints": f"trained={run}/export",
+        "--prompts": cache.parent / "prompts.jsonl",
+        "--num_seeds": 1,
+    }
     flags |= {"--rewards": family.rewards, "--output_dir": tmp_path / "evaluation"}
     result = run_script(EVALUATE, flags, log=tmp_path / "log")
     assert result.returncode == 0, result.stderr
     results = json.loads((tmp_path / "evaluation" / "results.json").read_text())
     assert results["sampling"] == json.loads((run / "manifest.json").read_text())["sampling"]
-    assert results["base"].keys() == results["trained"].keys() == set(family.rewards)
-    assert any(results["base"][name] != results["trained"][name] for name in family.rewards)
+    base, trained = (results["scores"][model]["prompts"] for model in ("base", "trained"))
+    assert base.keys() == trained.keys() == set(family.rewards)
+    assert any(base[name] != trained[name] for name in family.rewards)
     assert (tmp_path / "evaluation" / "samples.png").is_file()
 
 
@@ -297,7 +303,7 @@ def test_a_folder_of_the_other_kind_is_refused(family, cache, tmp_path):
 
 
 def test_a_checkpoint_of_another_family_is_refused(run, family, cache, tmp_path):
-    flags = {"--model": REPOSITORY / "shapes" / "models" / "flux", "--checkpoint": run / "export", "--rewards": "aesthetic"}
+    flags = {"--model": REPOSITORY / "shapes" / "models" / "flux", "--checkpoints": run / "export", "--rewards": "aesthetic"}
     flags |= {"--prompts": PROMPTS / "train.txt", "--output_dir": tmp_path / "evaluation"}
     result = run_script(EVALUATE, flags, log=tmp_path / "log")
     assert result.returncode == 2

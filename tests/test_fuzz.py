@@ -371,7 +371,7 @@ def manifests(folder: Path):
     (folder / "export").mkdir()
     sampling = {name: 2 for name in FAMILIES["sd"].sampling}
     (folder / "manifest.json").write_text(json.dumps({"arguments": {}, "sampling": sampling}))
-    args = evaluate.Args(folder, folder, ("shapes",), folder, checkpoint=folder / "export")
+    args = evaluate.Args(folder, folder, prompts=folder, rewards=("shapes",), checkpoints=(str(folder / "export"),))
     pipeline = type("StableDiffusionPipeline", (), {"vae": SimpleNamespace(config=SimpleNamespace(sample_size=32))})()
 
     def read(change):
@@ -846,7 +846,7 @@ def evaluated(file: str, data: bytes) -> Callable:
         shutil.copytree(MODELS / "flux", folder / "model")
         (folder / "prompts.txt").write_text("a red circle\n")
         (folder / file).write_bytes(data)
-        rewards = {"--rewards": "aesthetic", "--num_seeds": 1, "--checkpoint": folder / "run" / "export", "--output_dir": folder / "out"}
+        rewards = {"--rewards": "aesthetic", "--num_seeds": 1, "--checkpoints": folder / "run" / "export", "--output_dir": folder / "out"}
         return EVALUATE, {"--model": folder / "model", "--prompts": folder / "prompts.txt", **rewards}
 
     return flags

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import MODEL, REPOSITORY, SMALL_RUN, metrics_of, run_script
+from conftest import EVALUATE, MODEL, REPOSITORY, SMALL_RUN, metrics_of, run_script
 from PIL import Image
 
 from fastvideo.errors import UserError
@@ -16,9 +16,9 @@ from fastvideo.rewards import load_rewards, parse_rewards, score
 from fastvideo.rewards.detectors import Detection, instances, load_detector
 from fastvideo.rewards.geneval import Rules, correct, load_geneval, overlap, relations
 from fastvideo.rewards.geneval_colours import COLOURS, ColourNames, cut_out
-from shapes.checker import check
+from shapes.checker import check, detect
 from shapes.geneval import KINDS
-from shapes.world import RELATIONS, RL_COLOURS, SHAPES, Spec, parse, render
+from shapes.world import RELATIONS, RL_COLOURS, SHAPES, Spec, holds, parse, render
 
 CPU = torch.device("cpu")
 QUESTIONS = REPOSITORY / "shapes" / "prompts" / "geneval.jsonl"
@@ -289,6 +289,43 @@ def test_the_table_of_each_question_is_an_independent_count():
         assert [value for value, _ in right[tag]] == [whole for _, whole in right[tag]]
 
 
+def answered(row: dict, found: list) -> bool:
+    """Whether what the checker sees in a picture answers the row's question, counted by hand from the caption."""
+    wanted = parse(row["prompt"])
+    best = {one.shape: one for one in sorted(found, key=lambda one: one.overlap) if one.shape and one.colour}  # the last of each is kept
+    if row["tag"] == "counting":
+        return sum(one.shape == wanted.objects[0][1] and one.colour is not None for one in found) == len(wanted.objects)
+    there = all(shape in best for _, shape in wanted.objects)
+    if there and row["tag"] in ("colors", "color_attr"):
+        return all(best[shape].colour == colour for colour, shape in wanted.objects)
+    if there and row["tag"] == "position":
+        first, second = ((best[shape].x, best[shape].y) for _, shape in wanted.objects)
+        return holds(wanted.relation, first, second)
+    return there
+
+
+def test_the_table_of_a_model_is_an_independent_count(tmp_path):
+    """evaluate.py's, against the checker's own view of the pictures that it kept."""
+    lines = QUESTIONS.read_text().splitlines()[::3]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines))
+    benchmark = f"geneval={tmp_path}/questions.jsonl,detector=shapes,images=2"
+    flags = {"--model": MODEL, "--benchmarks": benchmark, "--num_seeds": 1, "--sampling_steps": 8, "--output_dir": tmp_path / "out"}
+    result = run_script(EVALUATE, flags, "--save_pictures", log=tmp_path / "log")
+    assert result.returncode == 0, result.stderr
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]["base"]["geneval"]["geneval"]
+    counts = defaultdict(list)
+    for place, line in enumerate(lines):
+        files = sorted((tmp_path / "out" / "pictures" / "base" / "geneval").glob(f"prompt{place:05d}_*.png"))
+        images = np.stack([np.asarray(Image.open(file), np.float32).transpose(2, 0, 1) / 255 for file in files])
+        assert len(images) == 2
+        counts[json.loads(line)["tag"]] += [answered(json.loads(line), objects) for objects in detect(images)]
+    shares = {tag: sum(values) / len(values) for tag, values in counts.items()}
+    print(shares)
+    assert {tag: group["mean"] for tag, group in found["groups"].items()} == pytest.approx(shares)
+    assert found["mean"] == pytest.approx(sum(shares.values()) / 6)
+    assert shares["single_object"] > shares["color_attr"] and sum(0 < share < 1 for share in shares.values()) >= 3
+
+
 def test_pictures_of_what_is_no_object_are_wrong():
     rows = parse_benchmark(f"geneval={QUESTIONS},detector=shapes").rows
     reward = load_geneval("shapes", CPU, batch=5)
@@ -478,6 +515,9 @@ def test_a_folder_judges_pictures(mask2former):
 OWN = """
 from fastvideo.rewards.detectors import Detection
 
+def load_too_few(path, device):
+    return lambda pictures: [[]]
+
 def load_one_cat(path, device):
     def detect(pictures):
         return [[Detection(path or "cat", picture.getpixel((0, 0))[0] / 255, (0, 0, 4, 4))] for picture in pictures]
@@ -495,6 +535,9 @@ def test_a_detector_of_ones_own(tmp_path):
     ):
         assert score(load_rewards(parse_rewards([text]), CPU, rows), media, rows)["geneval"].tolist() == expected
 
+    with pytest.raises(UserError, match=r"own\.py:load_too_few returned 1 lists for 2 pictures"):
+        score(load_rewards(parse_rewards([f"geneval={tmp_path}/own.py:load_too_few"]), CPU, rows), media, rows)
+
 
 @pytest.mark.parametrize(
     ("row", "message"),
@@ -502,8 +545,11 @@ def test_a_detector_of_ones_own(tmp_path):
         ({}, 'it has no string as "tag"'),
         ({"tag": "colors"}, 'or no list as "include"'),
         ({"tag": "colors", "include": []}, 'or no list as "include"'),
-        ({"tag": "colors", "include": [{"class": "circle"}]}, "no whole number as"),
-        ({"tag": "colors", "include": [{"class": "circle", "count": True}]}, "no whole number as"),
+        ({"tag": "colors", "include": [{"class": "circle"}]}, "no whole number above 0 as"),
+        ({"tag": "colors", "include": [{"class": "circle", "count": True}]}, "no whole number above 0 as"),
+        ({"tag": "colors", "include": [{"class": "circle", "count": 0}]}, "no whole number above 0 as"),
+        ({"tag": "colors", "include": [{"class": "circle", "count": 1}], "exclude": 5}, '"exclude" is no list'),
+        ({"tag": "colors", "include": ["circle"]}, "'circle' has no string as"),
         ({"tag": "colors", "include": [{"class": "dog", "count": 1}]}, "the detector does not know the class 'dog'"),
         ({"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "pink"}]}, "the colour 'pink' is none of red, green"),
         ({"tag": "x", "include": [{"class": "circle", "count": 1}], "exclude": [{"class": "dog", "count": 1}]}, "the class 'dog'"),

@@ -32,7 +32,7 @@ def gains(folder: Path, script: Path, embeddings: Path) -> list[float]:
     assert result.returncode == 0, result.stderr
     flags = {
         "--model": MODEL,
-        "--checkpoint": folder / "run" / "export",
+        "--checkpoints": f"trained={folder}/run/export",
         "--prompts": PROMPTS.with_name("heldout.txt"),
         "--rewards": "shapes",
     }
@@ -40,7 +40,7 @@ def gains(folder: Path, script: Path, embeddings: Path) -> list[float]:
     result = run_script(EVALUATE, flags, processes=2, log=folder / "evaluate")
     assert result.returncode == 0, result.stderr
     results = json.loads((folder / "evaluation" / "results.json").read_text())
-    base, trained = (results[model]["shapes"]["seed_means"] for model in ("base", "trained"))
+    base, trained = (results["scores"][model]["prompts"]["shapes"]["seed_means"] for model in ("base", "trained"))
     return [after - before for before, after in zip(base, trained, strict=True)]
 
 

@@ -139,11 +139,13 @@ def test_intervals_by_the_tables_of_student():
 @pytest.mark.parametrize(
     ("alike", "low", "high", "said"),
     [
-        (False, 0.1, 0.3, "agrees"),
-        (False, -0.3, -0.1, "disagrees"),
-        (False, -0.1, 0.3, "too weak to say"),
-        (True, -0.1, 0.3, "agrees"),
-        (True, 0.1, 0.3, "disagrees"),
+        (None, 0.1, 0.3, "agrees"),
+        (None, -0.3, -0.1, "disagrees"),
+        (None, -0.1, 0.3, "too weak to say"),
+        (0.05, -0.04, 0.03, "agrees"),
+        (0.05, 0.01, 0.04, "agrees"),
+        (0.05, 0.01, 0.06, "disagrees"),
+        (0.05, -0.06, 0.03, "too weak to say"),
     ],
 )
 def test_verdicts(alike, low, high, said):

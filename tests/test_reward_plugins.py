@@ -472,5 +472,5 @@ def test_the_examples_of_the_page(tmp_path, monkeypatch, prompt_file):
     flags |= {"--rewards": (f"{tmp_path}/brightness.py:brightness", f"{tmp_path}/palette.py:palette={tmp_path}/sunset.png")}
     result = run_script(REPOSITORY / "evaluate.py", flags, log=tmp_path / "log")
     assert result.returncode == 0, result.stderr
-    base = json.loads((tmp_path / "out" / "results.json").read_text())["base"]
+    base = json.loads((tmp_path / "out" / "results.json").read_text())["scores"]["base"]["prompts"]
     assert 0 < base["brightness"]["mean"] < 1 and -1 < base["palette"]["mean"] < 0

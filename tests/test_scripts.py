@@ -20,6 +20,7 @@ from conftest import ENVIRONMENT, EVALUATE, MODEL, PROMPTS, REPOSITORY
 
 import evaluate
 from fastvideo.models.families import FAMILIES
+from fastvideo.rewards.videoalign import frame_size, sample_frames
 from scripts.sync_copies import functions, markers, stale_copies
 
 TRAINING_SCRIPTS = sorted(REPOSITORY.glob("train_grpo_*.py"))
@@ -208,6 +209,20 @@ def test_launch_scripts_are_accepted_by_their_scripts(shell_script):
     arguments = runpy.run_path(str(script))["Args"]
     given = [] if "--output_dir" in words else ["--output_dir", "x"]
     assert tyro.cli(arguments, args=[*words, *given], use_underscores=True)
+
+
+@pytest.mark.parametrize("family", [name for name, facts in FAMILIES.items() if "num_frames" in facts.sampling])
+def test_launch_scripts_show_videoalign_as_many_frames_as_docs_say(family):
+    """Of a clip of 53 frames: the release's 14 of a model of 24 frames a second, 20 of Wan's 16, at the table's cost."""
+    _, words = launched(REPOSITORY / "scripts" / f"train_{family}.sh")
+    rewards = [word for word in words if word.startswith("videoalign.")]
+    options = [dict(option.split("=") for option in word.split(",")[1:]) for word in rewards]
+    counts = [len(sample_frames(53, float(given.get("clip_fps", 24)), float(given["fps"]))) for given in options]
+    assert counts and set(counts) == {20 if family == "wan" else 14}
+    page = (REPOSITORY / "docs" / "rewards.md").read_text()
+    for fps, frames in ((2, 4), (6, 14), (16, 36)):
+        height, width = frame_size(480, 480, 128 * 28 * 28, 448 * 448)
+        assert len(sample_frames(53, 24, fps)) == frames and f"| {fps} | {frames} | {frames // 2 * height * width // 28**2:,} |" in page
 
 
 def test_every_script_has_its_launchers():

@@ -428,6 +428,13 @@ def test_frames_are_resized_in_8_bits_and_normalised():
     [
         (53, 24, 2, [0, 17, 35, 52]),
         (9, 24, 2, [0, 3, 5, 8]),
+        (53, 8, 2, [0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52]),  # as the paper's release stores and scores clips
+        (
+            53,
+            24,
+            6,
+            [0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52],
+        ),  # the same in the clip's own time, as the launch scripts have it
         (81, 16, 2, [0, 9, 18, 27, 36, 44, 53, 62, 71, 80]),
         (3, 24, 2, [0, 2]),
         (2, 24, 2, [0, 1]),

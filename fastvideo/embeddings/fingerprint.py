@@ -41,7 +41,7 @@ def encoder_fingerprint(model_dir: str | Path, subfolders: tuple[str, ...], **se
 
 
 def content_digest(path: Path) -> str:
-    """"sha256:..." of a file's contents, or of the names and contents of all files below a folder. UserError for what cannot be read."""
+    """The "sha256:..." of a file's contents, or of names and contents of all files below a folder. UserError for what cannot be read."""
     try:
         if path.is_file():
             return "sha256:" + _sha256(path)

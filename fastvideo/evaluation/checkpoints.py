@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,18 +55,19 @@ def parse_checkpoints(texts: Sequence[str]) -> list[Checkpoint]:
 
 
 def settings_of_runs(
-    checkpoints: Sequence[Checkpoint], known: Iterable[str], given: Iterable[str], rules: dict[str, str]
+    checkpoints: Sequence[Checkpoint], pipeline: str, known: Collection[str], given: Collection[str], rules: dict[str, str]
 ) -> dict[str, Any]:
     """The sampling settings with which the runs were trained, by the name of their flag; none without checkpoints.
 
-    known: the settings that the pipeline has. given: the flags that the user gives, of which runs may disagree. rules: of `check_numbers`.
+    pipeline: its class. known: the settings that it has. given: the flags that the user gives, in which runs may differ. rules: as
+    `check_numbers` takes them.
     Raises UserError for a folder that is no export of a run, a damaged manifest, another model's run, and runs that do not agree.
     """
     found: dict[str, Any] = {}
     for checkpoint in checkpoints:
         settings = _settings_of_run(checkpoint, rules)
         if settings.keys() != set(known):
-            raise UserError(f"--checkpoints {checkpoint.export} is a run of another model than --model: see {checkpoint.manifest}")
+            raise UserError(f"--checkpoints {checkpoint.export} is not of a {pipeline} as --model is: see {checkpoint.manifest}")
         for name in settings.keys() - set(given):
             if found and found[name] != settings[name]:
                 raise UserError(

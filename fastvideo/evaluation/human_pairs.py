@@ -85,7 +85,7 @@ def win_rate(folder: Path) -> tuple[str, str, int, float, float]:
             of_prompt.setdefault((pair["benchmark"], pair["prompt"]), []).append(wins)
     if not of_prompt:
         raise UserError(f"{folder / 'pairs.csv'} has no answers yet")
-    values = np.array([[np.mean(part)] for part in of_prompt.values()])
+    values = np.array([[np.mean(part) for part in of_prompt.values()]])
     number = sum(map(len, of_prompt.values()))
     return models[0], models[1], number, float(values.mean()), float(margins(values)[0])
 

@@ -58,7 +58,7 @@ def summarise(found: dict[str, dict[str, Scored]], benchmarks: Sequence[Benchmar
             columns = {model: values.mean((1, 2)) for model, values in whole.items()}
             columns |= {pair: columns[pair[0]] - columns[pair[1]] for pair in pairs}
             won = {(*pair, "wins"): wins(whole[pair[0]], whole[pair[1]]).mean((1, 2)) for pair in pairs if is_reward}
-            entry = dict(zip([*columns, *won], _entries(np.stack([*columns.values(), *won.values()], axis=1), groups, benchmark.total)))
+            entry = dict(zip([*columns, *won], _entries(np.stack([*columns.values(), *won.values()]), groups, benchmark.total)))
             for model, values in whole.items():
                 scores[model][benchmark.name][name] = entry[model] | (_of_seeds(values, groups, benchmark.total) if is_reward else {})
             for pair in pairs:
@@ -68,7 +68,7 @@ def summarise(found: dict[str, dict[str, Scored]], benchmarks: Sequence[Benchmar
 
 
 def _entries(values: np.ndarray, groups: list[str] | None, total: str) -> list[dict[str, Any]]:
-    """values: (prompts, columns). {"mean", "interval": [low, high] or None, "groups": the same of each, with its number of prompts}."""
+    """values: (rows, prompts). {"mean", "interval": [low, high] or None, "groups": the same of each, with its number of prompts}."""
 
     def entries(values: np.ndarray, groups: list[str] | None) -> list[dict[str, Any]]:
         pairs = zip(means(values, groups).tolist(), margins(values, groups).tolist())
@@ -77,14 +77,14 @@ def _entries(values: np.ndarray, groups: list[str] | None, total: str) -> list[d
     found = [entry | {"groups": {}} for entry in entries(values, groups if total == "groups" else None)]
     for group in dict.fromkeys(groups or ()):
         inside = np.array(groups) == group
-        for entry, part in zip(found, entries(values[inside], None)):
+        for entry, part in zip(found, entries(np.ascontiguousarray(values[:, inside]), None)):
             entry["groups"][group] = part | {"prompts": int(inside.sum())}
     return found
 
 
 def _of_seeds(values: np.ndarray, groups: list[str] | None, total: str) -> dict[str, Any]:
     """Mean of each noise seed, and their standard deviation (0 for one seed). values: (prompts, seeds, pictures)."""
-    seed_means = means(values.mean(2), groups if total == "groups" else None).tolist()
+    seed_means = means(np.ascontiguousarray(values.mean(2).T), groups if total == "groups" else None).tolist()
     return {"seed_means": seed_means, "seed_std": statistics.stdev(seed_means) if len(seed_means) > 1 else 0.0}
 
 

@@ -87,6 +87,8 @@ def load_geneval(
         check_rows(rows)
         pictures = to_pil(media)
         found = [one for start in range(0, len(rows), batch) for one in detect(pictures[start : start + batch])]
+        if len(found) != len(rows):
+            raise UserError(f"geneval's detector {path} returned {len(found)} lists for {len(rows)} pictures")
         return torch.tensor(
             [
                 float(correct(row, objects, rules, lambda *taken, picture=picture: _colours(*taken, picture, name_colours)))
@@ -103,7 +105,7 @@ def load_geneval(
 
 def correct(row: dict, found: list[Detection], rules: Rules, colours_of: Callable[[list[Detection], str], list[str]]) -> bool:
     """Whether `found` in a picture is what `row` asks for. colours_of: the colours of objects of a class, called where they matter."""
-    taken: list[list[Detection] | None] = []  # for each entry of "include"; None where it failed
+    taken: list[list[Detection]] = []  # for each entry of "include"
     counting = row["tag"] == "counting"
     for wanted in row["include"]:
         objects = certain(found, wanted["class"], counting, rules)[: wanted["count"]]
@@ -112,13 +114,11 @@ def correct(row: dict, found: list[Detection], rules: Rules, colours_of: Callabl
             right = colours_of(objects, wanted["class"]) == [wanted["color"]] * len(objects)
         if right and "position" in wanted:
             relation, target = wanted["position"]
-            others = taken[target]
-            right = others is not None and all(
-                relation in relations(one.box, other.box, rules.position_threshold) for one in objects for other in others
-            )
-        taken.append(objects if right else None)
-    surplus = any(len(certain(found, other["class"], counting, rules)) >= other["count"] for other in row.get("exclude", []))
-    return None not in taken and not surplus
+            right = all(relation in relations(one.box, other.box, rules.position_threshold) for one in objects for other in taken[target])
+        if not right:
+            return False
+        taken.append(objects)
+    return all(len(certain(found, other["class"], counting, rules)) < other["count"] for other in row.get("exclude", []))
 
 
 def certain(found: list[Detection], name: str, counting: bool, rules: Rules) -> list[Detection]:
@@ -183,9 +183,12 @@ def check(rows: Sequence[dict], detect: Detector, clip: bool) -> None:
 def _fault(row: dict, classes: set[str] | None, colours: Sequence[str], sees_colours: bool) -> str:
     if not isinstance(row.get("tag"), str) or not isinstance(row.get("include"), list) or not row["include"]:
         return 'it has no string as "tag", or no list as "include"'
-    for place, wanted in enumerate([*row["include"], *(row.get("exclude") or [])]):
-        if not isinstance(wanted, dict) or not isinstance(wanted.get("class"), str) or type(wanted.get("count")) is not int:
-            return f'{wanted!r} has no string as "class", or no whole number as "count"'
+    if not isinstance(row.get("exclude", []), list):
+        return 'its "exclude" is no list'
+    for place, wanted in enumerate([*row["include"], *row.get("exclude", [])]):
+        named = isinstance(wanted, dict) and isinstance(wanted.get("class"), str)
+        if not named or type(wanted.get("count")) is not int or wanted["count"] < 1:
+            return f'{wanted!r} has no string as "class", or no whole number above 0 as "count"'
         if classes is not None and not classes & {wanted["class"], *ALIASES.get(wanted["class"], ())}:
             return f"the detector does not know the class {wanted['class']!r}"
         if "color" in wanted and wanted["color"] not in colours:

@@ -28,11 +28,11 @@ setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who 
     family=$1 prompts=train.txt heldout=heldout.txt judges=(aesthetic clip=shapes/models/clip shapes shapes_strict) pictures=16 full=() size=() also=() transitions=()
     case $1 in
     sd)
-        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 40) transitions=(--timestep_selection first)
+        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 32) transitions=(--timestep_selection first)
         also=("${questions[@]}") nodes=1 folder=stable-diffusion-v1-4 benchmarks=("${of_pictures[@]}")
         ;;
     flux)
-        tiny+=("${flow[@]}" --learning_rate 2e-4 --iterations 60)
+        tiny+=("${flow[@]}" --learning_rate 2e-4 --iterations 50)
         also=("${questions[@]}") nodes=4 folder=FLUX.1-dev benchmarks=("${of_pictures[@]}")
         ;;
     hunyuan_image)
@@ -125,7 +125,7 @@ run_arms() { # [--full]: the last line of each experiment; for all.sh, which has
         printf '%s\n' "${printed[@]}"
         for place in "${!settings[@]}"; do
             setting "$place"
-            echo "sbatch --gpus-per-node=8 scripts/slurm.sh evaluate.py --model models/$folder --checkpoints runs/paper/$place/*/export" \
+            echo "sbatch --gpus-per-node=8 scripts/slurm.sh evaluate.py --model models/$folder --checkpoints runs/paper/$place/*_[${seeds// /}]/export" \
                 "--benchmarks ${benchmarks[*]} --output_dir runs/paper/evaluation/$place"
         done
         for place in "${!people[@]}"; do
@@ -148,7 +148,7 @@ run_arms() { # [--full]: the last line of each experiment; for all.sh, which has
     done >"$RUNS/jobs"
     run_jobs training
     for place in "${!settings[@]}"; do
-        evaluation "$place" "$place" "$RUNS/$place"/*/export
+        evaluation "$place" "$place" "$RUNS/$place"/*_[${seeds// /}]/export # all that are there, of other experiments too
     done >"$RUNS/jobs"
     run_jobs evaluating
     for place in "${!people[@]}"; do

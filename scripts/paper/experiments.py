@@ -18,14 +18,14 @@ class Panel:
 
 @dataclass(frozen=True)
 class Claim:
-    """`metric` of `arm` is higher than that of `other` (an arm, or "base"), or with `alike` not different; see `Results.values`."""
+    """`metric` of `arm` is higher than that of `other` (an arm, or "base"), or differs by less than `alike`; see `Results.values`."""
 
     text: str
     setting: str
     metric: str
     arm: str
     other: str
-    alike: bool = False
+    alike: float | None = None
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ EXPERIMENTS = {
             Claim("the first 30 % do more than a random 30 %", "hunyuan_image", "end " + TASTE, "first_30", "random_30"),
             Claim("the first 30 % do more than the last 40 %", "hunyuan_image", "end " + TASTE, "first_30", "last_40"),
             Claim("all do more than the first 30 % alone", "hunyuan_image", "end " + TASTE, "all_steps", "first_30"),
-            Claim("a random 60 % is as good as all", "hunyuan_image", "end " + TASTE, "taste", "all_steps", alike=True),
+            Claim("a random 60 % is as good as all", "hunyuan_image", "end " + TASTE, "taste", "all_steps", alike=0.05),
         ),
     ),
     "figure_4c": Experiment(
@@ -155,7 +155,7 @@ EXPERIMENTS = {
         claims=(
             Claim("half the noise is worse", "flux", "end " + TASTE, "taste", "noise_less"),
             Claim("a fifth of the noise is worse still", "flux", "end " + TASTE, "noise_less", "noise_least"),
-            Claim("a decay of the noise makes no difference", "flux", "end " + TASTE, "taste", "noise_decay", alike=True),
+            Claim("a decay of the noise makes no difference", "flux", "end " + TASTE, "taste", "noise_decay", alike=0.05),
         ),
     ),
     "figure_5": Experiment(

@@ -54,6 +54,8 @@ def main() -> int:
         for name, command in jobs.items()
         if not (folder / "done" / name).is_file() or (folder / "done" / name).read_text() != shlex.join(command)
     }
+    if not jobs:
+        return 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     failed = []

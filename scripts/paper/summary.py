@@ -7,9 +7,11 @@ Numbers are means over training seeds +- half their 95 % interval (Student's t),
 interval of the difference of two arms (Welch's t), or of an arm and the base model (Student's t). What is not there yet is left out.
 """
 
+# ruff: noqa: E402
 import json
 import re
 import shutil
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +21,11 @@ import tyro
 from experiments import EXPERIMENTS, Claim, Grid, Panel, Table
 from scipy import stats
 
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))  # from any working directory
+
 from fastvideo.runs.tracking import read_metrics
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 WINDOW = 8  # iterations of the moving average, as the paper's curves have one
 BASE = "base"
 
@@ -74,6 +78,12 @@ def half_width(values: np.ndarray) -> float:
         return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
 
 
+def with_interval(values: np.ndarray) -> str:
+    if not values.size:
+        return ""
+    return f"{values.mean():.3f}" + (f" +- {half_width(values):.3f}" if len(values) > 1 else "")
+
+
 def difference(values: np.ndarray, others: np.ndarray) -> tuple[float, float, float]:
     """Mean of `values` less that of `others`, and its 95 % interval. The base model is one number: it saw the same prompts and noise."""
     change = float(values.mean() - others.mean())
@@ -87,7 +97,8 @@ def difference(values: np.ndarray, others: np.ndarray) -> tuple[float, float, fl
 def verdict(claim: Claim, low: float, high: float) -> str:
     """Whether the interval of a difference bears the claim out."""
     if claim.alike:
-        return "agrees" if low <= 0 <= high else "disagrees"
+        inside = max(abs(low), abs(high)) < claim.alike
+        return "agrees" if inside else "disagrees" if low > 0 or high < 0 else "too weak to say"
     return "agrees" if low > 0 else "disagrees" if high < 0 else "too weak to say"
 
 
@@ -126,7 +137,7 @@ def table_lines(table: Table, results: Results) -> list[str]:
         cells = [results.values(table.setting, arm, reward) for reward in table.rewards]
         if not cells[0].size:
             continue
-        texts = [f"{values.mean():.3f}" + (f" +- {half_width(values):.3f}" if len(values) > 1 else "") for values in cells]
+        texts = [with_interval(values) for values in cells]
         lines.append(f"| {label} | {' | '.join(texts)} |")
     return [*lines, "", *([f"The paper: {table.paper}.", ""] if table.paper else [])]
 
