@@ -227,6 +227,15 @@ def test_a_reward_without_gradient_is_refused(reward):
         score(rewards, media, [{"prompt": "a red circle"}], with_gradient=True)
 
 
+def test_a_users_own_reward_has_its_gradient(tmp_path):
+    (tmp_path / "brightness.py").write_text("def brightness(media, rows):\n    return media.square().mean((1, 2, 3))\n")
+    rewards = load_rewards(parse_rewards([f"{tmp_path / 'brightness.py'}:brightness"]), torch.device("cpu"))
+    media = torch.rand(2, 3, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (scores,) = score(rewards, media, [{"prompt": ""}] * 2, with_gradient=True).values()
+    (gradient,) = torch.autograd.grad(scores.sum(), media)
+    torch.testing.assert_close(gradient, 2 * media.detach() / 192)
+
+
 # ----------------------------------------------------------------------------------------------------------------------- runs
 
 
