@@ -12,6 +12,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from fastvideo.errors import UserError
 from fastvideo.files import whole_file
 
+LINES = 5  # of text below a picture
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """A picture as it was opened in RGB: turned as its EXIF data says, laid on white where it is transparent, 16-bit grey scaled to 8 bits.
@@ -69,25 +71,31 @@ def read_video(path: Path) -> torch.Tensor:
     return torch.from_numpy(frames).permute(3, 0, 1, 2).float() / 127.5 - 1
 
 
-def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]], min_side: int = 128) -> None:
-    """Write a PNG with one row of pictures per entry of `rows`, each with its text from `labels` below it, as far as three lines hold it.
+def save_grid(path: Path, rows: list[list[Image.Image]], labels: list[list[str]]) -> None:
+    """Write a PNG with one row of pictures per entry of `rows`, each with its text from `labels` below it, as far as `LINES` hold it.
 
     The labels stand whole in a .txt beside it, a line each, row after row. Where no font has all characters of one, that line's number
-    is below the picture. Pictures smaller than `min_side` pixels are enlarged by a whole factor, without smoothing.
+    is below the picture. Pictures under 192 pixels wide or 128 high are enlarged by a whole factor, without smoothing.
     """
     width, height = rows[0][0].size
-    factor = max(1, -(-min_side // min(width, height)))
-    width, height, text_height = width * factor, height * factor, 44
-    columns = max(len(row) for row in rows)
+    factor = max(1, -(-192 // width), -(-128 // height))
+    width, height = width * factor, height * factor
+    size, lines, texts = max(14, min(width, height) // 24), [], []
+    for label in (label for row in labels for label in row):
+        lines.append(" ".join(label.split()))
+        text = lines[-1] if font_of(lines[-1]) else f"line {len(lines)} of {path.stem}.txt"
+        font = font_of(text).font_variant(size=size)
+        texts.append((font, wrap(text, font, width - 4)))
+    columns, text_height = max(len(row) for row in rows), max(len(wrapped) for _, wrapped in texts) * size * 5 // 4 + 8
     grid = Image.new("RGB", (columns * (width + 4), len(rows) * (height + text_height)), "white")
-    draw, lines = ImageDraw.Draw(grid), []
-    for i, (row, row_labels) in enumerate(zip(rows, labels, strict=True)):
-        for j, (image, label) in enumerate(zip(row, row_labels, strict=True)):
-            x, y = j * (width + 4), i * (height + text_height)
-            grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (x, y))
-            lines.append(" ".join(label.split()))
-            text = lines[-1] if font_of(lines[-1]) else f"line {len(lines)} of {path.stem}.txt"
-            draw.text((x + 2, y + height), "\n".join(_wrap(text, font_of(text), width - 4)), fill="black", font=font_of(text), spacing=1)
+    draw, texts = ImageDraw.Draw(grid), iter(texts)
+    for y, row in enumerate(rows):
+        for x, image in enumerate(row):
+            left, top = x * (width + 4), y * (height + text_height)
+            grid.paste(image.resize((width, height), Image.Resampling.NEAREST), (left, top))
+            font, wrapped = next(texts)
+            for i, line in enumerate(wrapped):
+                draw.text((left + 2, top + height + 2 + i * size * 5 // 4), line, fill="black", font=font)
     with whole_file(path) as temporary:
         grid.save(temporary, format="PNG")
     with whole_file(path.with_suffix(".txt")) as temporary:
@@ -114,7 +122,7 @@ def font_of(text: str) -> ImageFont.FreeTypeFont | None:
 
     fonts = sorted(font.fname for font in font_manager.fontManager.ttflist if font.name.startswith("Noto Sans") and font.weight == 400)
     files = (file for file in (font_manager.findfont("DejaVu Sans"), *fonts) if _characters(file).issuperset(map(ord, text)))
-    return next((ImageFont.truetype(file, 11) for file in files), None)
+    return next((ImageFont.truetype(file, 14) for file in files), None)
 
 
 @cache
@@ -124,13 +132,13 @@ def _characters(font: str) -> frozenset[int]:
     return frozenset(FT2Font(font).get_charmap())
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """At most three lines of `width` pixels, broken at spaces where words allow; an ellipsis stands for what does not fit."""
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """At most `LINES` lines of `width` pixels, broken at spaces where words allow; an ellipsis stands for what does not fit."""
     lines = []
-    while font.getlength(text) > width and len(lines) < 3:
-        room = width - (font.getlength("…") if len(lines) == 2 else 0)
+    while font.getlength(text) > width and len(lines) < LINES:
+        room = width - (font.getlength("…") if len(lines) == LINES - 1 else 0)
         end = max(1, bisect_right(range(len(text)), room, key=lambda characters: font.getlength(text[:characters])) - 1)
         end = max(text.rfind(" ", 0, end + 1), 0) or end
         lines.append(text[:end])
         text = text[end:].lstrip()
-    return [*lines, text] if len(lines) < 3 else [*lines[:2], f"{lines[2]}…"]
+    return [*lines, text] if len(lines) < LINES else [*lines[:-1], f"{lines[-1]}…"]

@@ -28,6 +28,9 @@ attend python scripts/launch.py --standalone --nproc_per_node "$processes" evalu
     --prompts shapes/prompts/heldout.txt --rewards shapes_strict shapes clip=shapes/models/clip aesthetic \
     --num_seeds 3 --images_per_prompt 24 --batch_size 64 --output_dir "$run/evaluation"
 
+echo "== 4. one page about the run"
+python -m fastvideo.report "$run"
+
 cat <<END
 
 Run folder: $run
@@ -35,6 +38,7 @@ Run folder: $run
   export/                 the trained transformer      evaluation/results.md    all scores, with intervals
   evaluation/rewards.png  reward curves, with the base model's noise band
   evaluation/samples.png  before and after, from the same noise
+  report.html             all of it on one page: open it in a browser
 END
 python - "$run" "$train_seconds" "$((SECONDS - start))" <<'END'
 import json, sys

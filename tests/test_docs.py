@@ -18,12 +18,13 @@ FILES = subprocess.run(["git", "ls-files"], cwd=REPOSITORY, capture_output=True,
 PAGES = [REPOSITORY / file for file in FILES if file.endswith(".md")]
 PYTHON = [REPOSITORY / file for file in FILES if file.endswith(".py") and not file.startswith("tests/")]
 # By the reader, as are all that have NAME in their names
-TO_BE_WRITTEN = {"FILE.py", "brightness.py", "palette.py", "hpsv3_reward.py", "my_detector.py"}
+TO_BE_WRITTEN = {"FILE.py", "colourful.py", "brightness.py", "palette.py", "hpsv3_reward.py", "my_detector.py"}
 # fmt: off
-OTHERS_FLAGS = {  # of torchrun, pip, pytest, SLURM, Docker, hf and what else the pages tell people to run
+OTHERS_FLAGS = {  # of torchrun, TensorBoard, pip, pytest, SLURM, Docker, hf and what else the pages tell people to run
     "no", "standalone", "nproc_per_node", "no-build-isolation", "no-deps", "nodes", "gpus-per-node", "time", "signal", "nodelist", "batch",
     "requeue", "overlap", "jobid", "pid", "nv", "pwd", "bind", "container-image", "container-workdir", "container-mounts", "numprocesses",
     "include", "exclude", "local-dir", "help", "data-binary", "write", "repo-type", "full",
+    "logdir",
 }
 # fmt: on
 

@@ -1,16 +1,19 @@
 """Clips as mp4 files and as film strips."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import REPOSITORY
 from matplotlib import font_manager
 from PIL import Image, ImageFont
 
 from fastvideo import media
 from fastvideo.errors import UserError
-from fastvideo.media import film_strip, read_video, save_samples, save_video
+from fastvideo.media import film_strip, read_video, save_samples, save_video, to_pil
 from shapes.video import VIDEO_SPECS, render_clips, tracks
 
 
@@ -81,8 +84,40 @@ def test_labels_stand_whole_beside_the_grid(tmp_path):
 
 def drawn(folder, label: str) -> np.ndarray:
     """What stands below a picture."""
-    save_samples(folder / "grid.png", torch.zeros(1, 3, 128, 128), [label])
-    return np.asarray(Image.open(folder / "grid.png"))[128:]
+    save_samples(folder / "grid.png", torch.zeros(1, 3, 192, 192), [label])
+    return np.asarray(Image.open(folder / "grid.png"))[192:]
+
+
+CAPTION = "a photo of a small red circle to the left of one blue square"
+SCORES = "trained 0.52 1.00 0.48 0.33"
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 512, 512), (3, 9, 32, 32), (3, 1, 32, 32)])
+def test_a_caption_of_60_characters_is_drawn_to_its_last_word(tmp_path, shape):
+    """As training and evaluation label them: another last word is another picture, and that word is where the text ends."""
+    assert len(CAPTION) == 60
+    pixels = {}
+    for label in (CAPTION, f"{SCORES} {CAPTION}"):
+        for last in ("square", "circle", ""):
+            save_samples(tmp_path / "grid.png", torch.ones(1, *shape), [label.removesuffix("square") + last])
+            pixels[last] = np.asarray(Image.open(tmp_path / "grid.png"))
+        assert (pixels["square"] != pixels["circle"]).any()
+        shorter = pixels[""]
+        kept = pixels["square"][: len(shorter)]
+        assert not ((shorter < 128) & (kept >= 128)).any(), "a word more takes none away, as an ellipsis would"
+
+
+def test_letters_of_labels_are_large_enough_to_read(tmp_path):
+    """A capital has 10 pixels where pictures are tiny, and is not lost below large ones; no picture is smoothed."""
+    tiny, large = torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 720, 720)
+    tiny[0, :, 5, 7] = 1
+    for media_shown, height, capital in ((tiny, 192, 10), (large, 720, 20)):
+        save_samples(tmp_path / "grid.png", media_shown, ["H"])
+        grid = np.asarray(Image.open(tmp_path / "grid.png"))[..., 0]
+        assert np.flatnonzero((grid[height:] < 100).any(1)).size >= capital
+    save_samples(tmp_path / "grid.png", tiny, [""])
+    picture = np.asarray(Image.open(tmp_path / "grid.png"))[:192, :192, 0]
+    assert (picture[30:36, 42:48] == 255).all() and (picture == 255).sum() == 36
 
 
 def box(font: ImageFont.FreeTypeFont, text: str) -> bytes:
@@ -119,13 +154,39 @@ def test_a_font_that_is_installed_is_used(monkeypatch):
 def test_labels_are_wrapped(text, width):
     text = text.strip()
     font = media.font_of(text)
-    lines = media._wrap(text, font, width)
-    assert 1 <= len(lines) <= 3 and all(font.getlength(line) <= width for line in lines)
+    lines = media.wrap(text, font, width)
+    assert 1 <= len(lines) <= 5 and all(font.getlength(line) <= width for line in lines)
     whole = "".join(lines).replace(" ", "")
     if whole.endswith("…"):
-        assert len(lines) == 3 and text.replace(" ", "").startswith(whole[:-1])
-        assert font.getlength(text) > 2 * width  # no line was left half empty, but for the word that did not fit
+        assert len(lines) == 5 and text.replace(" ", "").startswith(whole[:-1])
+        assert font.getlength(text) > 4 * width  # no line was left half empty, but for the word that did not fit
     else:
         assert whole == text.replace(" ", "")
     if "x" not in text:
         assert set(" ".join(lines).rstrip("…").split()) <= set(text.split())  # no word is broken
+
+
+@pytest.mark.parametrize("clips", [False, True])
+def test_the_gallery_shows_before_and_after(tmp_path, clips):
+    """The first prompts' pictures, or the first, third, fifth and last of seven frames, in their places."""
+    before, after = torch.full((3, 7, 32, 32), -1.0), torch.linspace(-1, 1, 7)[None, :, None, None].expand(3, 7, 32, 32)
+    for model, sample in (("base", before), ("trained", after)):
+        for number in range(9):
+            path = tmp_path / "pictures" / model / "prompts" / f"prompt{number:05d}_seed0_0.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_video(path.with_suffix(".mp4"), sample, fps=8) if clips else to_pil(sample[None, :, 4])[0].save(path)
+    rows = "".join(f"{model},{number},a prompt\n" for model in ("base", "trained") for number in range(9))
+    (tmp_path / "scores.csv").write_text(f"model,prompt,text\n{rows}")
+    done = subprocess.run(
+        [sys.executable, REPOSITORY / "scripts" / "gallery.py", tmp_path / "gallery.png", f"a = b={tmp_path}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    pixels = np.asarray(Image.open(tmp_path / "gallery.png").convert("L")).astype(int)
+    for cell in range(8):
+        x, y = 70 + cell * 98 + 48, 24 + 48
+        grey = (0, 85, 170, 255)[cell % 4] if clips else 170
+        assert pixels[y, x] <= 3 and abs(pixels[y + 98, x] - grey) <= 3
+    assert (pixels[:24] < 128).any() and (pixels[24 + 2 * 98 :] < 128).any()
