@@ -1,6 +1,7 @@
 """The geneval reward: its rules on detections, with answers worked out by hand, and its table of the shapes world, counted otherwise."""
 
 import json
+import re
 from collections import defaultdict
 
 import numpy as np
@@ -17,7 +18,8 @@ from fastvideo.rewards.detectors import Detection, instances, load_detector
 from fastvideo.rewards.geneval import Rules, correct, load_geneval, overlap, relations
 from fastvideo.rewards.geneval_colours import COLOURS, ColourNames, cut_out
 from shapes.checker import check, detect
-from shapes.geneval import KINDS
+from shapes.geneval import KINDS, question, questions
+from shapes.prompt_files import RL_THINGS, split
 from shapes.world import RELATIONS, RL_COLOURS, SHAPES, Spec, holds, parse, render
 
 CPU = torch.device("cpu")
@@ -219,6 +221,28 @@ def test_colours_are_those_whose_captions_are_nearest():
 
 
 # ------------------------------------------------------------------------------------------------------- the shapes world's table
+
+
+def test_the_questions_are_as_their_program_writes_them_and_ask_for_no_trained_pair():
+    rows = [json.loads(line) for line in QUESTIONS.read_text().splitlines()]
+    trained = split()[0]
+    assert rows == questions(RL_THINGS, trained)
+    pairs = {frozenset(spec.objects) for spec in trained}
+    assert not any(frozenset(parse(row["prompt"]).objects) in pairs for row in rows if len(row["include"]) == 2)
+    assert question("counting", parse("two red circles")) == {
+        "tag": "counting",
+        "include": [{"class": "circle", "count": 2}],
+        "exclude": [{"class": "circle", "count": 3}],
+        "prompt": "two red circles",
+    }
+    assert question("position", parse("a red circle above a blue square"))["include"] == [
+        {"class": "square", "count": 1},
+        {"class": "circle", "count": 1, "position": ["above", 0]},
+    ]
+    assert question("color_attr", parse("a red circle and a blue square"))["include"] == [
+        {"class": "circle", "count": 1, "color": "red"},
+        {"class": "square", "count": 1, "color": "blue"},
+    ]
 
 
 def shown(spec: Spec, row: dict, relations_of: dict[Spec, str]) -> bool:
@@ -537,6 +561,25 @@ def test_a_detector_of_ones_own(tmp_path):
 
     with pytest.raises(UserError, match=r"own\.py:load_too_few returned 1 lists for 2 pictures"):
         score(load_rewards(parse_rewards([f"geneval={tmp_path}/own.py:load_too_few"]), CPU, rows), media, rows)
+
+
+def test_the_example_of_the_page(tmp_path):
+    """docs/evaluation_benchmarks.md's detector, on a network that finds a dog in dark pictures and a less certain cat in all."""
+
+    class Network(torch.nn.Module):
+        def forward(self, picture: torch.Tensor) -> torch.Tensor:
+            darkness = 1 - picture.float().mean() / 255
+            dog, cat = torch.tensor([[0, 0, 4, 4, 0.9, 1], [0, 0, 4, 4, 0.5, 0]])
+            return torch.stack([dog * darkness, cat])
+
+    torch.export.save(torch.export.export(Network(), (torch.zeros(8, 8, 3, dtype=torch.uint8),)), tmp_path / "network.pt2")
+    page = (REPOSITORY / "docs" / "evaluation_benchmarks.md").read_text()
+    (code,) = re.findall(r"```python\n(# my_detector\.py\n.*?)```", page, re.DOTALL)
+    (tmp_path / "my_detector.py").write_text(code)
+    media = torch.tensor([-1.0, 1.0]).view(2, 1, 1, 1).expand(2, 3, 8, 8)
+    row = {"prompt": "a dog and a cat", "tag": "two_object", "include": [{"class": "dog", "count": 1}, {"class": "cat", "count": 1}]}
+    reward = load_rewards(parse_rewards([f"geneval={tmp_path}/my_detector.py:load,weights={tmp_path}/network.pt2"]), CPU, [row])
+    assert score(reward, media, [row] * 2)["geneval"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize(

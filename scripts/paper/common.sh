@@ -28,7 +28,7 @@ setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who 
     family=$1 prompts=train.txt heldout=heldout.txt judges=(aesthetic clip=shapes/models/clip shapes shapes_strict) pictures=16 full=() size=() also=() transitions=()
     case $1 in
     sd)
-        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 32) transitions=(--timestep_selection first)
+        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 32) transitions=(--timestep_selection first --timestep_fraction 0.6)
         also=("${questions[@]}") nodes=1 folder=stable-diffusion-v1-4 benchmarks=("${of_pictures[@]}")
         ;;
     flux)
@@ -47,7 +47,7 @@ setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who 
         ;;
     skyreels)
         prompts=i2v_train.jsonl heldout=i2v_heldout.jsonl judges=(motion fidelity visual shapes) pictures=8 size=(--height 32 --width 32)
-        tiny+=("${flow[@]}" --num_frames 9 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 2e-4 --iterations 30) transitions=(--timestep_selection first)
+        tiny+=("${flow[@]}" --num_frames 9 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 2e-4 --iterations 30) transitions=(--timestep_selection first --timestep_fraction 0.6)
         nodes=4 folder=SkyReels-V1-I2V benchmarks=(videoalign=frames/heldout.jsonl,model=models/VideoReward)
         ;;
     *) fail "unknown setting '$1'" ;;
