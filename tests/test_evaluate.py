@@ -5,8 +5,6 @@ import json
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from itertools import product
 from pathlib import Path
@@ -262,7 +260,7 @@ def test_tables_agree_with_each_other_and_with_the_pictures_scores(two_checkpoin
     assert [row["text"] for row in of_model["base"][::2]] == [row["text"] for row in of_model["finished_2"][::2]]
 
 
-def test_pictures_and_pairs_for_people(two_checkpoints, evaluate, prompt_file):
+def test_pictures_and_pairs_for_people(two_checkpoints, evaluate, prompt_file, monkeypatch, capsys):
     """The key says whose each file is; answers by it give the win rate."""
     *_, flags = two_checkpoints
     more = {"--human_pairs": 6, "--human_models": ("finished", "finished_2"), "--num_seeds": 1}
@@ -300,10 +298,9 @@ def test_pictures_and_pairs_for_people(two_checkpoints, evaluate, prompt_file):
     found = human_pairs.win_rate(pairs)
     assert found[:4] == ("finished", "finished_2", 5, pytest.approx(sum(won) / 5))
     assert found[4] == pytest.approx(margins(np.array([won]))[0])
-    result = subprocess.run(
-        [sys.executable, "-m", "fastvideo.evaluation.human_pairs", pairs], cwd=REPOSITORY, capture_output=True, text=True, check=True
-    )
-    assert f"finished_2 wins over finished in {sum(won) / 5:.1%} of 5 answers (95 % interval " in result.stdout
+    monkeypatch.setattr("sys.argv", ["human_pairs", str(pairs)])
+    human_pairs.main()
+    assert f"finished_2 wins over finished in {sum(won) / 5:.1%} of 5 answers (95 % interval " in capsys.readouterr().out
     answered = (pairs / "pairs.csv").read_text()
     chosen = [("prompts", Job(0, 0, 0))]
     assert "is left as it is" in human_pairs.write_pairs(pairs, ("finished", "finished_2"), chosen, [], [])

@@ -33,3 +33,5 @@ def test_the_tutorial_runs_as_written(tmp_path):
     assert list(results["scores"]) == ["base", "shapes", "colourful"]
     report = (tmp_path / "runs" / "tutorial" / "report.html").read_text()
     assert "colourful (held out)" in report and report.count("data:image/png") == 5  # two grids of each run, one of the evaluation
+    for scores in results["scores"].values():
+        assert all(f"<td>{scores['prompts'][reward]['mean']:.4f} ± " in report for reward in ("shapes", "colourful"))
