@@ -101,6 +101,13 @@ DATA_SETS = {  # likewise
     "BestWishYsh/ConsisID-preview-Data": ({"video_caption_train.json"}, {"videos/1.tar.gz"}),
 }
 REPOSITORIES |= DATA_SETS
+REPOSITORIES |= {  # judges of benchmarks
+    "facebook/mask2former-swin-small-coco-instance": (
+        {"config.json", "preprocessor_config.json", "model.safetensors"},
+        {"pytorch_model.bin"},
+    ),
+    "THUDM/VisionReward-Video": ({"config.json"}, set()),
+}
 
 
 def commands() -> list[tuple[str, list[str]]]:

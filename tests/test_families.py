@@ -78,7 +78,12 @@ def flags_of(facts: Family) -> dict:
 
 
 # What some model is to be trained with, besides.
-OTHERS = {"sd": {"--kl_weight": 0.01, "--noise_schedule": "decay"}, "hunyuan": {"--vae_tiling": ()}, "skyreels": {"--lora_rank": 4}}
+# DDIM's late transitions have little noise when it decays too, and divide rounding errors by it: docs/paper_to_code.md has the advice.
+OTHERS = {
+    "sd": {"--kl_weight": 0.01, "--noise_schedule": "decay", "--sde_window": (0, 3)},
+    "hunyuan": {"--vae_tiling": ()},
+    "skyreels": {"--lora_rank": 4},
+}
 OTHERS["wan"] = {"--noise_schedule": "flow_grpo"}
 CASES = {name: Case(name, flags_of(facts) | OTHERS.get(name, {})) for name, facts in FAMILIES.items() if name != "flux"}
 CASES["hunyuan_t2i"] = Case("hunyuan", {"--num_frames": 1, "--gradient_checkpointing": ()})

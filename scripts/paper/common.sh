@@ -16,8 +16,9 @@ RUNS=${RUNS:-runs/paper}
 declare -A trainings=() settings=() people=() # of each run its command; those that occur; of a setting whose pictures people see
 order=() printed=()
 questions=(--benchmarks geneval=shapes/prompts/geneval.jsonl,detector=shapes)
-of_pictures=(hpsv2=prompts/hpsv2,weights=models/HPS_v2.1_compressed.pt clip=heldout.txt,model=models/DFN5B-CLIP-ViT-H-14-378
-    pickscore=heldout.txt,model=models/PickScore_v1 geneval=evaluation_metadata.jsonl,detector=models/mask2former)
+of_pictures=(hpsv2=data/HPDv2_benchmark/benchmark,weights=models/HPS_v2.1_compressed.pt clip=heldout.txt,model=models/DFN5B-CLIP-ViT-H-14-378
+    pickscore=heldout.txt,model=models/PickScore_v1
+    geneval=data/geneval/prompts/evaluation_metadata.jsonl,detector=models/mask2former,side=800,clip=models/clip-vit-large-patch14)
 of_clips=(videoalign=heldout.txt,model=models/VideoReward visionreward=heldout.txt,server=http://127.0.0.1:8500)
 
 # The last transitions of a tiny model with guidance have gradients of noise: with a random 60 % of them its reward falls (docs/results.md).
