@@ -165,6 +165,7 @@ def test_jobs_are_done_once_and_failures_named(tmp_path):
     assert process.returncode == 1
     assert f"bad failed with exit code 3: see {tmp_path}/logs/bad.log" in said
     assert (tmp_path / "logs" / "bad.log").read_text() == "why\n"
+    assert {line.split(" ", 1)[1] for line in (tmp_path / "seconds.txt").read_text().splitlines()} == {"0 a/good", "3 bad"}
     process = jobs(tmp_path, lines[0], "bad true")
     process.communicate(timeout=60)
     assert process.returncode == 0

@@ -1,8 +1,9 @@
 """Runs commands, as many at a time as there are processors: `python scripts/paper/run_jobs.py FOLDER DOING`.
 
-FOLDER/jobs has a line for each, NAME COMMAND... DOING is a word for the progress bar. What a command prints goes to FOLDER/logs/NAME.log.
-One that has ended well is noted in FOLDER/done/NAME, and not run again while its words stay the same. A failure does not keep the others
-from running, but the exit code is 1. Ctrl-C and SIGTERM are passed on to what runs, and nothing more is started. JOBS: how many at a time.
+FOLDER/jobs has a line for each, NAME COMMAND... DOING is a word for the progress bar. What a command prints goes to FOLDER/logs/NAME.log;
+its seconds and exit code are a line of FOLDER/seconds.txt. One that has ended well is noted in FOLDER/done/NAME, and not run again while
+its words stay the same. A failure does not keep the others from running, but the exit code is 1. Ctrl-C and SIGTERM are passed on to what
+runs, and nothing more is started. JOBS: how many at a time.
 """
 
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -38,9 +40,12 @@ def run(folder: Path, name: str, command: list[str]) -> int | None:
         with log.open("a") as file:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True)
         running.add(process)
+    start = time.monotonic()
     code = process.wait()
     with lock:
         running.discard(process)
+        with (folder / "seconds.txt").open("a") as file:
+            file.write(f"{time.monotonic() - start:.0f} {code} {name}\n")
     if code == 0:
         done.write_text(shlex.join(command))
     return code
