@@ -65,7 +65,7 @@ def check_model(folder: str | Path, family: str | None = None, use: Use = "evalu
         if not (folder / name).is_dir():
             raise UserError(f"{flag}: there is no folder {folder / name}: {_again(folder)}")
         if model_class:
-            sizes[name] = _check_weights(folder / name, model_class, flag)
+            sizes[name] = check_weights(folder / name, model_class, flag)
         elif name.startswith("tokenizer"):
             check_tokenizer(folder / name, folder / name.replace("tokenizer", "text_encoder"), flag)
         elif name == "scheduler" and not (folder / name / "scheduler_config.json").is_file():
@@ -127,7 +127,7 @@ def _check_variant(folder: Path, kind: Family, flag: str) -> None:
             raise UserError(f"{what} has {name} {network[name]}: it is a variant with an input that a {kind.pipeline} does not give")
 
 
-def _check_weights(folder: Path, class_name: str, flag: str) -> int:
+def check_weights(folder: Path, class_name: str, flag: str) -> int:
     """Bytes of a part's weights. UserError unless its files are whole and have all tensors that its config.json asks for."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{flag}: {folder} has no config.json: {_again(folder.parent)}")
