@@ -17,6 +17,7 @@ import tyro
 from conftest import REPOSITORY
 from test_scripts import launched
 
+import evaluate
 from fastvideo.evaluation.benchmarks import BENCHMARKS
 
 PAPER = REPOSITORY / "scripts" / "paper"
@@ -36,7 +37,7 @@ def listed() -> tuple[dict[str, list[str]], list[list[str]]]:
     """SETTING/ARM_SEED -> its command on the tiny models, of all experiments; and the commands for the real ones."""
     result = bash('source scripts/paper/all.sh --full; for run in "${order[@]}"; do echo "$run ${trainings[$run]}"; done', SEEDS=0)
     assert result.returncode == 0, result.stderr
-    lines = [shlex.split(line) for line in result.stdout.splitlines()]
+    lines = [shlex.split(line, comments=True) for line in result.stdout.splitlines() if not line.startswith("#")]
     return {name: words for name, *words in lines if "sbatch" not in [name, *words]}, [words for words in lines if "sbatch" in words]
 
 
@@ -64,7 +65,7 @@ def test_every_arm_is_a_command_that_its_scripts_take():
         assert variables.get("SCRIPT", path.name) == script
         given = given[: given.index("--rewards")] + given[given.index("--iterations") :] + command[command.index(shell_script) + 1 :]
         real = tyro.cli(arguments(script), args=given, use_underscores=True)
-        assert str(real.output_dir) == f"runs/paper/{run}"
+        assert str(real.output_dir) == f"runs/paper_full/{run}"
         assert len(real.rewards) == len(tiny.rewards) and real.reward_weights == tiny.reward_weights
         assert ["@" in reward for reward in real.rewards] == ["@" in reward for reward in tiny.rewards]
         own = command[command.index(shell_script) + 1 :]
@@ -76,13 +77,33 @@ def test_every_arm_is_a_command_that_its_scripts_take():
         assert real.prompts_per_iteration % (gpus // getattr(real, "sp_size", 1)) == 0
 
 
-def test_evaluation_in_full_names_benchmarks_and_what_they_need():
-    evaluations = [words for words in listed()[1] if "evaluate.py" in words]
+def test_evaluation_in_full_is_of_all_runs_by_flags_that_it_takes():
+    runs, full = listed()
+    evaluations = [words for words in full if "evaluate.py" in words]
     assert len(evaluations) == 5 + 3  # a setting, and those of which people see pairs
+    evaluated = []
     for words in evaluations:
-        for text in words[words.index("--benchmarks") + 1 : words.index("--human_pairs" if "--human_pairs" in words else "--output_dir")]:
+        args = tyro.cli(evaluate.Args, args=words[words.index("evaluate.py") + 1 :], use_underscores=True)
+        for text in args.benchmarks:
             name, _, rest = text.partition("=")
-            assert BENCHMARKS[name].option is None or f",{BENCHMARKS[name].option[0]}=" in rest
+            assert f",{BENCHMARKS[name].option[0]}=" in rest
+        if args.human_pairs:
+            assert args.scores_dir.parent in [other.output_dir for other in evaluated]  # what has been sampled is not again
+        else:
+            evaluated.append(args)
+    exports = sorted(path for args in evaluated for path in args.checkpoints)
+    assert exports == sorted(f"runs/paper_full/{run}/export" for run in runs if "/grid_" not in run)
+
+
+def test_a_grid_differs_in_its_rates_on_real_models_too():
+    commands = {words[words.index("--output_dir") + 1]: words for words in listed()[1] if "evaluate.py" not in words}
+    rates = {}
+    for folder, words in commands.items():
+        if "/grid_" in folder:
+            method = folder.rpartition("/")[2].removeprefix("grid_").rsplit("_", 2)[0]
+            rates.setdefault(method, []).append(float(words[words.index("--learning_rate") + 1]))
+    assert len(rates) == 10
+    assert all(found == [5e-6, 1e-5, 2e-5, 4e-5] for found in rates.values())
 
 
 def test_what_is_said_is_about_arms_that_are_there():
@@ -122,6 +143,40 @@ def test_numbers_of_runs(results):
     assert results.values("flux", "taste", "end reward/aesthetic_mean") == pytest.approx([0.575, 0.675, 0.775])  # iterations 7 and 8
     assert results.values("flux", "taste", "all reward/aesthetic_mean") == pytest.approx([0.545, 0.645, 0.745])
     assert results.values("flux", "nothing", "end reward/aesthetic_mean").size == 0
+
+
+def test_a_measure_that_two_benchmarks_have_is_the_firsts(results):
+    parts = {"prompts": {"diversity.pixels": {"mean": 0.2}}, "geneval": {"diversity.pixels": {"mean": 0.9}, "geneval": {"mean": 0.5}}}
+    results.evaluations["flux"] = {"base": parts, "taste_0": parts, "taste_2": parts}
+    assert results.values("flux", "base", "diversity.pixels").tolist() == [0.2]
+    assert results.values("flux", "taste", "diversity.pixels").tolist() == [0.2, 0.2]
+    assert results.values("flux", "taste", "geneval").tolist() == [0.5, 0.5]
+    assert results.values("flux", "taste", "clip").size == 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "metric", "real"),
+    [
+        ("sd", "aesthetic", "hpsv2"),
+        ("sd", "end reward/aesthetic_mean", "end reward/hpsv2_mean"),
+        ("sd", "reward/aesthetic.binary_mean", "reward/hpsv2.binary_mean"),
+        ("flux", "held_out/shapes_mean", "held_out/pickscore_mean"),
+        ("flux", "clip", "clip"),
+        ("hunyuan", "shapes_strict", "http.visionreward"),
+        ("hunyuan", "shapes", "videoalign.ta"),
+        ("skyreels", "reward/motion_mean", "reward/videoalign.mq_mean"),
+    ],
+)
+def test_real_models_have_other_judges(tmp_path, setting, metric, real):
+    assert summary.Results(tmp_path, full=True).judged(setting, metric) == real
+    assert summary.Results(tmp_path).judged(setting, metric) == metric
+
+
+def test_seeds_of_several_digits_are_evaluated_and_grids_are_not(tmp_path):
+    for run in ("taste_1", "taste_10", "taste_11", "taste_100", "grid_taste_1e-4_10"):
+        (tmp_path / "sd" / run / "export").mkdir(parents=True)
+    result = bash(f'source scripts/paper/common.sh; finished sd {tmp_path}; printf "%s\\n" "${{exports[@]}}"', SEEDS="10 11")
+    assert result.stdout.split() == [f"{tmp_path}/sd/taste_{seed}/export" for seed in (10, 11)]
 
 
 def test_intervals_by_the_tables_of_student():
@@ -173,6 +228,18 @@ def test_jobs_are_done_once_and_failures_named(tmp_path):
     process = jobs(tmp_path, lines[0].replace("echo x", "echo y"))
     process.communicate(timeout=60)
     assert (tmp_path / "good").read_text() == "x\ny\n"  # another command
+
+
+def test_one_at_a_time_works_in_a_folder(tmp_path):
+    first = jobs(tmp_path, f"first bash -c 'echo >{tmp_path}/started; sleep 5'")
+    deadline = time.time() + 30
+    while not (tmp_path / "started").exists() and time.time() < deadline:
+        time.sleep(0.05)
+    second = jobs(tmp_path, "second true")
+    said, _ = second.communicate(timeout=60)
+    assert (second.returncode, said) == (2, f"error: another run_jobs.py is at work in {tmp_path}\n")
+    first.communicate(timeout=60)
+    assert first.returncode == 0
 
 
 def test_a_signal_reaches_what_runs_and_starts_nothing_more(tmp_path):

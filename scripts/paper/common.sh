@@ -5,21 +5,23 @@
 #   bash scripts/paper/all.sh [--full]        all experiments; an arm that several have is trained once
 #   python scripts/paper/summary.py           figures and tables of what is there so far
 #
-# SEEDS ("0 1 2"), of training; JOBS at a time (processors); RUNS (runs/paper), a folder: SETTING/ARM_SEED, logs/, evaluation/SETTING/, summary/.
+# SEEDS ("0 1 2"), of training; JOBS at a time (processors); RUNS, a folder (runs/paper; runs/paper_full for the real models): SETTING/ARM_SEED,
+# logs/, evaluation/SETTING/, summary/.
 # To try it: RUNS=/tmp/try TRAIN="--iterations 2" EVALUATE="--num_seeds 1 --images_per_prompt 1", flags for all arms.
 [[ ! -v COLLECTING ]] || return 0 # all.sh has it already
 source "$(dirname "${BASH_SOURCE[0]}")/../setup.sh" requirements.txt
 cd "$repository"
 export OMP_NUM_THREADS=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
 seeds=${SEEDS:-0 1 2}
-RUNS=${RUNS:-runs/paper}
+REAL_RUNS=${RUNS:-runs/paper_full} RUNS=${RUNS:-runs/paper}
 declare -A trainings=() settings=() people=() # of each run its command; those that occur; of a setting whose pictures people see
 order=() printed=()
 questions=(--benchmarks geneval=shapes/prompts/geneval.jsonl,detector=shapes)
-of_pictures=(hpsv2=data/HPDv2_benchmark/benchmark,weights=models/HPS_v2.1_compressed.pt clip=heldout.txt,model=models/DFN5B-CLIP-ViT-H-14-378
-    pickscore=heldout.txt,model=models/PickScore_v1
+# Who judges the real models. Each picture or clip is sampled once for all of a line's rewards.
+of_pictures=(--prompts prompts/hpd/heldout.txt --rewards clip=models/DFN5B-CLIP-ViT-H-14-378 pickscore=models/PickScore_v1 --num_seeds 1
+    --benchmarks hpsv2=data/HPDv2_benchmark/benchmark,weights=models/HPS_v2.1_compressed.pt
     geneval=data/geneval/prompts/evaluation_metadata.jsonl,detector=models/mask2former,side=800,clip=models/clip-vit-large-patch14)
-of_clips=(videoalign=heldout.txt,model=models/VideoReward visionreward=heldout.txt,server=http://127.0.0.1:8500)
+of_clips=(--num_seeds 1 --vae_tiling --rewards videoalign.{vq,mq,ta}=models/VideoReward,norm=0)
 
 # The last transitions of a tiny model with guidance have gradients of noise: with a random 60 % of them its reward falls (docs/results.md).
 setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who judges, pictures of a held-out prompt; then the paper's own
@@ -30,26 +32,26 @@ setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who 
     case $1 in
     sd)
         tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 32) transitions=(--timestep_selection first --timestep_fraction 0.6)
-        also=("${questions[@]}") nodes=1 folder=stable-diffusion-v1-4 benchmarks=("${of_pictures[@]}")
+        also=("${questions[@]}") nodes=1 folder=stable-diffusion-v1-4 judges_in_full=("${of_pictures[@]}")
         ;;
     flux)
         tiny+=("${flow[@]}" --learning_rate 2e-4 --iterations 50)
-        also=("${questions[@]}") nodes=4 folder=FLUX.1-dev benchmarks=("${of_pictures[@]}")
+        also=("${questions[@]}") nodes=4 folder=FLUX.1-dev judges_in_full=("${of_pictures[@]}")
         ;;
     hunyuan_image)
         family=hunyuan
         tiny+=("${flow[@]}" --num_frames 1 --iterations 40)
-        nodes=4 folder=HunyuanVideo benchmarks=("${of_pictures[@]}") full=(--num_frames 1 --sp_size 1 --num_generations 12 --best_of_n 0)
+        nodes=4 folder=HunyuanVideo judges_in_full=("${of_pictures[@]}") full=(--num_frames 1 --height 720 --width 720 --sp_size 1 --num_generations 12 --best_of_n 0)
         ;;
     hunyuan)
         prompts=video_train.txt heldout=video_heldout.txt judges=(visual motion shapes shapes_strict) pictures=8
         tiny+=("${flow[@]}" --num_frames 9 --learning_rate 2e-4 --iterations 40)
-        nodes=8 folder=HunyuanVideo benchmarks=("${of_clips[@]}")
+        nodes=8 folder=HunyuanVideo judges_in_full=(--prompts prompts/vidprom/heldout.txt "${of_clips[@]}" "http.visionreward=http://${REWARD_SERVER:-127.0.0.1}:8500,send=uint8")
         ;;
     skyreels)
         prompts=i2v_train.jsonl heldout=i2v_heldout.jsonl judges=(motion fidelity visual shapes) pictures=8 size=(--height 32 --width 32)
         tiny+=("${flow[@]}" --num_frames 9 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 2e-4 --iterations 30) transitions=(--timestep_selection first --timestep_fraction 0.6)
-        nodes=4 folder=SkyReels-V1-I2V benchmarks=(videoalign=frames/heldout.jsonl,model=models/VideoReward)
+        nodes=4 folder=SkyReels-V1-I2V judges_in_full=(--prompts prompts/consisid_heldout/prompts.jsonl "${of_clips[@]}")
         ;;
     *) fail "unknown setting '$1'" ;;
     esac
@@ -64,8 +66,8 @@ rewards_of() { # WORDS: sets `tiny_rewards` and `real_rewards`, what stands for 
         taste@) tiny_rewards+=(aesthetic.binary@0.65) real_rewards+=(hpsv2.binary=models/HPS_v2.1_compressed.pt@0.28) ;;
         caption) tiny_rewards+=(clip=shapes/models/clip) real_rewards+=(clip=models/DFN5B-CLIP-ViT-H-14-378) ;;
         caption@) tiny_rewards+=(clip.binary=shapes/models/clip@0.75) real_rewards+=(clip.binary=models/DFN5B-CLIP-ViT-H-14-378@0.39) ;;
-        visual) tiny_rewards+=(visual) real_rewards+=(videoalign.vq=models/VideoReward) ;;
-        motion) tiny_rewards+=(motion) real_rewards+=(videoalign.mq=models/VideoReward) ;;
+        visual) tiny_rewards+=(visual) real_rewards+=(videoalign.vq=models/VideoReward,fps=6) ;;
+        motion) tiny_rewards+=(motion) real_rewards+=(videoalign.mq=models/VideoReward,fps=6) ;;
         esac
     done
     [[ $1 != "taste caption" ]] || { tiny_rewards+=(--reward_weights 0.7 1.4) real_rewards+=(--reward_weights 0.7 1.4); }
@@ -94,7 +96,7 @@ arm() { # SETTING NAME REWARDS [FLAGS...], of both sizes; before it TINY="FLAGS"
         [[ ! -v SCRIPT ]] || method="SCRIPT=$SCRIPT "
         # shellcheck disable=SC2086
         printed+=("${method}MODEL=models/$folder EMBEDDINGS=runs/embeddings/$place sbatch --nodes=$nodes --gpus-per-node=8 scripts/slurm.sh $(
-            words "scripts/train_$family.sh" --output_dir "runs/paper/$run" --seed "$seed" --rewards "${real_rewards[@]}" "${full[@]}" ${REAL:-} "${@:4}"
+            words "scripts/train_$family.sh" --output_dir "$REAL_RUNS/$run" --seed "$seed" --rewards "${real_rewards[@]}" "${full[@]}" ${REAL:-} "${@:4}"
         )")
     done
 }
@@ -107,11 +109,44 @@ words() { # as one line that the shell reads as the same words
     printf '%q ' "$@"
 }
 
+finished() { # SETTING FOLDER: sets `exports`, of the runs of SEEDS in it, without those of grids; all that are there, of other experiments too
+    local path seed
+    exports=()
+    for path in "$2/$1"/*/export; do
+        seed=${path%/export} seed=${seed##*_}
+        [[ ! -d $path || $path == */grid_* || " $seeds " != *" $seed "* ]] || exports+=("$path")
+    done
+}
+
 evaluation() { # SETTING FOLDER CHECKPOINTS [FLAGS]: a line of jobs
     setting "$1"
     # shellcheck disable=SC2086
     echo "evaluate_$2 $(words python evaluate.py --model "shapes/models/$family" --output_dir "$RUNS/evaluation/$2" --prompts "shapes/prompts/$heldout" \
         --rewards "${judges[@]}" --num_seeds 3 --images_per_prompt "$pictures" --batch_size 128 "${also[@]}" ${EVALUATE:-} --checkpoints "${@:3}")"
+}
+
+print_in_full() { # the commands, in the order in which they can be run
+    local place run number exports
+    echo "# 1. What docs/results.md says under \"In full\"."
+    echo "# 2. Training: all of these may run at once."
+    printf '%s\n' "${printed[@]}"
+    echo "# 3. Evaluation, when all of a model's runs are finished; it goes on where a time limit stopped it."
+    for place in "${!settings[@]}"; do
+        setting "$place"
+        exports=()
+        for run in "${order[@]}"; do
+            [[ $run != "$place"/* || $run == */grid_* ]] || exports+=("$REAL_RUNS/$run/export")
+        done
+        echo "sbatch --gpus-per-node=8 scripts/slurm.sh evaluate.py --model models/$folder ${judges_in_full[*]}" \
+            "--output_dir $REAL_RUNS/evaluation/$place --checkpoints ${exports[*]}"
+    done
+    [ ${#people[@]} = 0 ] || echo "# 4. Pairs for people, after that: from the same scores."
+    for place in "${!people[@]}"; do
+        setting "$place"
+        read -r run number <<<"${people[$place]}"
+        echo "sbatch --gpus-per-node=8 scripts/slurm.sh evaluate.py --model models/$folder ${judges_in_full[*]} --human_pairs $number" \
+            "--output_dir $REAL_RUNS/evaluation/people_$place --scores_dir $REAL_RUNS/evaluation/$place/scores --checkpoints $REAL_RUNS/$place/$run/export"
+    done
 }
 
 run_jobs() { # DOING: those of $RUNS/jobs; on after a failure, not after a signal
@@ -121,20 +156,9 @@ run_jobs() { # DOING: those of $RUNS/jobs; on after a failure, not after a signa
 
 run_arms() { # [--full]: the last line of each experiment; for all.sh, which has more to come, nothing
     [[ ! -v COLLECTING ]] || return 0
-    local place run number code=0
+    local place run number exports code=0
     if [[ ${1:-} == --full ]]; then
-        printf '%s\n' "${printed[@]}"
-        for place in "${!settings[@]}"; do
-            setting "$place"
-            echo "sbatch --gpus-per-node=8 scripts/slurm.sh evaluate.py --model models/$folder --checkpoints runs/paper/$place/*_[${seeds// /}]/export" \
-                "--benchmarks ${benchmarks[*]} --output_dir runs/paper/evaluation/$place"
-        done
-        for place in "${!people[@]}"; do
-            setting "$place"
-            read -r run number <<<"${people[$place]}"
-            echo "sbatch --gpus-per-node=8 scripts/slurm.sh evaluate.py --model models/$folder --checkpoints runs/paper/$place/$run/export" \
-                "--benchmarks ${benchmarks[0]} --human_pairs $number --output_dir runs/paper/evaluation/people_$place"
-        done
+        print_in_full
         return
     fi
     mkdir -p "$RUNS"
@@ -149,7 +173,8 @@ run_arms() { # [--full]: the last line of each experiment; for all.sh, which has
     done >"$RUNS/jobs"
     run_jobs training
     for place in "${!settings[@]}"; do
-        evaluation "$place" "$place" "$RUNS/$place"/*_[${seeds// /}]/export # all that are there, of other experiments too
+        finished "$place" "$RUNS"
+        [ ${#exports[@]} = 0 ] || evaluation "$place" "$place" "${exports[@]}"
     done >"$RUNS/jobs"
     run_jobs evaluating
     for place in "${!people[@]}"; do
@@ -157,6 +182,6 @@ run_arms() { # [--full]: the last line of each experiment; for all.sh, which has
         evaluation "$place" "people_$place" "$RUNS/$place/$run/export" --scores_dir "$RUNS/evaluation/$place/scores" --human_pairs "$number"
     done >"$RUNS/jobs"
     run_jobs pairs
-    python scripts/paper/summary.py --runs "$RUNS"
+    python scripts/paper/summary.py --runs "$RUNS" --show "$(basename "$0" .sh)"
     exit "$code"
 }

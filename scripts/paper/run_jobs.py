@@ -6,6 +6,7 @@ its words stay the same. A failure does not keep the others from running, but th
 runs, and nothing more is started. JOBS: how many at a time.
 """
 
+import fcntl
 import os
 import shlex
 import signal
@@ -63,6 +64,17 @@ def main() -> int:
         return 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
+    with (folder / "jobs.lock").open("w") as lock_file:
+        try:
+            fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"error: another run_jobs.py is at work in {folder}", file=sys.stderr)
+            return 2
+        return run_all(folder, doing, jobs, left)
+
+
+def run_all(folder: Path, doing: str, jobs: dict[str, list[str]], left: dict[str, list[str]]) -> int:
+    """Exit code."""
     failed = []
     workers = int(os.environ.get("JOBS") or os.cpu_count())
     with ThreadPoolExecutor(workers) as pool, tqdm(total=len(jobs), initial=len(jobs) - len(left), unit="job", desc=doing) as progress:

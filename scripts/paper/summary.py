@@ -28,21 +28,31 @@ from fastvideo.runs.tracking import read_metrics
 
 WINDOW = 8  # iterations of the moving average, as the paper's curves have one
 BASE = "base"
+# What the real models are judged by in place of the tiny ones' judges.
+REAL_JUDGES = {"aesthetic": "hpsv2", "visual": "videoalign.vq", "motion": "videoalign.mq"}
+REAL_CHECKERS = {
+    "pictures": {"shapes": "pickscore"},
+    "clips": {"shapes": "videoalign.ta", "shapes_strict": "http.visionreward"},
+}
 
 
 @dataclass
 class Args:
     runs: Path = REPOSITORY / "runs" / "paper"
     """What scripts/paper/*.sh has left."""
+    full: bool = False
+    """The runs are of the real models, by the commands of --full."""
     docs: bool = False
     """Write into docs/results.md and docs/images too."""
+    show: str = ""
+    """An experiment to print."""
 
 
 class Results:
     """What the runs of a folder have measured."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, full: bool = False):
+        self.folder, self.full = folder, full
         paths = {path.parent.name: path for path in sorted(folder.glob("evaluation/*/results.json"))}
         self.evaluations = {setting: json.loads(path.read_text())["scores"] for setting, path in paths.items()}
 
@@ -54,20 +64,36 @@ class Results:
             if re.fullmatch(rf"{arm}_\d+", path.name) and (path / "export").exists()
         ]
 
+    def judged(self, setting: str, metric: str) -> str:
+        """The metric by the name that it has in these runs."""
+        if not self.full:
+            return metric
+        judges = REAL_JUDGES | REAL_CHECKERS["clips" if setting in ("hunyuan", "skyreels") else "pictures"]
+        return re.sub(
+            "|".join(rf"\b{name}(?=\b|_mean)" for name in sorted(judges, key=len, reverse=True)), lambda found: judges[found[0]], metric
+        )
+
     def curves(self, setting: str, arm: str, metric: str) -> np.ndarray:
         """(seeds, iterations): a metric of metrics.jsonl, as far as all seeds have come."""
-        curves = [[row[metric] for row in read_metrics(run)] for run in self.runs(setting, arm)]
+        metric = self.judged(setting, metric)
+        curves = [[row[metric] for row in read_metrics(run) if metric in row] for run in self.runs(setting, arm)]
         return np.array([curve[: min(map(len, curves))] for curve in curves])
 
     def values(self, setting: str, arm: str, metric: str) -> np.ndarray:
-        """One number a seed. metric: a reward or measure of the evaluation; "end METRIC", "all METRIC": on training samples, in the last
-        quarter of the iterations, or in all of them."""
+        """One number a seed.
+
+        metric: a reward or measure of the evaluation, of the first benchmark that has it; "end METRIC" or "all METRIC": of metrics.jsonl, in
+        the last quarter of the iterations or in all of them.
+        """
         when, _, name = metric.rpartition(" ")
         if not when:
+            metric = self.judged(setting, metric)
             models = self.evaluations.get(setting, {})
             names = [BASE] if arm == BASE else [run.name for run in self.runs(setting, arm)]
-            found = [benchmark[metric]["mean"] for name in names for benchmark in models.get(name, {}).values() if metric in benchmark]
-            return np.array(found)
+            found = [
+                next((part[metric]["mean"] for part in models[name].values() if metric in part), None) for name in names if name in models
+            ]
+            return np.array([value for value in found if value is not None])
         curves = self.curves(setting, arm, name)
         return curves[:, -(curves.shape[1] // 4) if when == "end" else 0 :].mean(1) if curves.size else np.empty(0)
 
@@ -168,7 +194,7 @@ def claim_lines(claims: tuple[Claim, ...], results: Results) -> list[str]:
 
 def main() -> None:
     args = tyro.cli(Args, use_underscores=True, description=__doc__.splitlines()[0])
-    results, folder = Results(args.runs), args.runs / "summary"
+    results, folder = Results(args.runs, args.full), args.runs / "summary"
     folder.mkdir(parents=True, exist_ok=True)
     blocks = {}
     for name, experiment in EXPERIMENTS.items():
@@ -177,11 +203,11 @@ def main() -> None:
             draw(experiment.panels, results, folder / f"{name}.png")
             lines += [f"![{experiment.title}](images/paper_{name}.png)", ""]
         for table in experiment.tables:
-            lines += table_lines(table, results)
+            lines += table_lines(table, results) if any(results.runs(table.setting, arm) for arm in table.arms) else []
         for grid in experiment.grids:
             lines += grid_lines(grid, results)
         blocks[name] = "\n".join([*lines, *claim_lines(experiment.claims, results)])
-    text = "\n".join(f"## {EXPERIMENTS[name].title}\n\n{block}" for name, block in blocks.items())
+    text = "\n".join(f"## {EXPERIMENTS[name].title}\n\n{block}" for name, block in blocks.items() if block)
     (folder / "results.md").write_text(text.replace("images/paper_", ""))
     if args.docs:
         page = REPOSITORY / "docs" / "results.md"
@@ -192,6 +218,8 @@ def main() -> None:
             if (folder / f"{name}.png").exists():
                 shutil.copy(folder / f"{name}.png", REPOSITORY / "docs" / "images" / f"paper_{name}.png")
         page.write_text(written)
+    if args.show in blocks:
+        print(f"{EXPERIMENTS[args.show].title}\n\n{blocks[args.show]}")
     print(f"written to {folder / 'results.md'}")
 
 
