@@ -62,7 +62,7 @@ TASTE, CAPTION = "reward/aesthetic_mean", "reward/clip_mean"
 PICTURES = ("aesthetic", "clip", "shapes", "geneval", "diversity.pixels")
 TASTE_ARMS = {"taste": "taste", "taste_caption": "taste and caption"}
 RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
-METHODS = {"": "GRPO", "ddpo_": "DDPO", "dpok_": "DPOK", "refl_": "ReFL", "dpo_": "online DPO"}
+METHODS = {"grpo_": "GRPO", "ddpo_": "DDPO", "dpok_": "DPOK", "refl_": "ReFL", "dpo_": "online DPO"}
 
 EXPERIMENTS = {
     "figure_1": Experiment(
@@ -259,7 +259,7 @@ EXPERIMENTS = {
             for arm, metric in (("taste", TASTE), ("caption", CAPTION))
         ),
         claims=tuple(
-            Claim(f"GRPO is better than {METHODS[name]} by {reward}", "sd", metric, arm, f"{name}{arm}")
+            Claim(f"GRPO is better than {METHODS[name]} by {reward}", "sd", metric, f"grpo_{arm}", f"{name}{arm}")
             for reward, metric, arm in (("the HPS score", "aesthetic", "taste"), ("the CLIP score", "clip", "caption"))
             for name in ("ddpo_", "refl_", "dpo_")
         ),

@@ -82,8 +82,8 @@ class Results:
     def values(self, setting: str, arm: str, metric: str) -> np.ndarray:
         """One number a seed.
 
-        metric: a reward or measure of the evaluation, of the first benchmark that has it; "end METRIC" or "all METRIC": of metrics.jsonl, in
-        the last quarter of the iterations or in all of them.
+        metric: a reward or measure of the evaluation, of the first benchmark that has it; "end METRIC" or "all METRIC": of metrics.jsonl,
+        in the last quarter of the iterations or in all of them.
         """
         when, _, name = metric.rpartition(" ")
         if not when:

@@ -4,28 +4,28 @@
 # Each method has the best of four learning rates for each reward: by the reward at the end of training with seed 9, which is not among SEEDS.
 # Those below are what the grid of the tiny model has shown; of the real one it has yet to. DPO's published beta, 5000, is too careful for so few iterations (baselines/README.md).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-method() { # PREFIX OF ITS ARMS, RATE FOR TASTE, RATE FOR CAPTION (none: the setting's), FLAGS. Real models have a tenth of the rates.
+method() { # NAME, RATE FOR TASTE, RATE FOR CAPTION, FLAGS. Real models have a tenth of the rates.
     local rate reward
-    [[ -z $1 ]] || local SCRIPT=baselines/${1}sd.py
+    [[ $1 == grpo ]] || local SCRIPT=baselines/${1}_sd.py
     for rate in 5e-5 1e-4 2e-4 4e-4; do
         for reward in taste caption; do
-            rate=$rate seeds=9 tuned "grid_$1${reward}_$rate" "$reward" "${@:4}"
+            rate=$rate seeds=9 tuned "grid_${1}_${reward}_$rate" "$reward" "${@:4}"
         done
     done
-    rate=$2 tuned "${1}taste" taste "${@:4}"
-    rate=$3 tuned "${1}caption" caption "${@:4}"
+    rate=$2 tuned "${1}_taste" taste "${@:4}"
+    rate=$3 tuned "${1}_caption" caption "${@:4}"
 }
 tuned() { # NAME REWARD FLAGS
-    local real=${rate:+--learning_rate ${rate%-*}-$((${rate#*-} + 1))}
+    local real="--learning_rate ${rate%-*}-$((${rate#*-} + 1))"
     case ${SCRIPT:-} in # with a decoder's gradients; with pairs
     */refl_*) real+=" --micro_batch_size 1" ;;
     */dpo_*) real+=" --micro_batch_size 4" ;;
     esac
-    TINY="${rate:+--learning_rate $rate} ${*:3}" REAL=$real arm sd "$1" "$2"
+    TINY="--learning_rate $rate ${*:3}" REAL=$real arm sd "$1" "$2"
 }
-method "" "" ""
-method ddpo_ 1e-4 1e-4
-method dpok_ 1e-4 1e-4
-method refl_ 1e-4 1e-4 --last_steps 2
-method dpo_ 1e-4 1e-4 --beta 500
+method grpo 4e-4 2e-4
+method ddpo 1e-4 1e-4
+method dpok 1e-4 1e-4
+method refl 1e-4 1e-4 --last_steps 2
+method dpo 1e-4 1e-4 --beta 500
 run_arms "$@"
