@@ -11,7 +11,7 @@
 # For other rewards add --rewards NAME... --reward_weights X... at the end (docs/rewards.md);
 # HPS and CLIP are not needed then.
 #
-#   MODEL=models/FLUX.1-dev EMBEDDINGS=runs/embeddings/flux HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip bash scripts/train_flux.sh --output_dir runs/flux
+#   MODEL=models/FLUX.1-dev EMBEDDINGS=runs/embeddings/flux HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip-vit-large-patch14 bash scripts/train_flux.sh --output_dir runs/flux
 #
 # On each of 4 nodes also set NNODES=4, NODE_RANK and MASTER_ADDR. On one node add --lora_rank 32 --learning_rate 1e-4.
 # SCRIPT=baselines/ddpo_flux.py and the like train by another method (baselines/README.md).

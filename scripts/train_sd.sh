@@ -10,7 +10,7 @@
 # For other rewards add --rewards NAME... --reward_weights X... at the end (docs/rewards.md);
 # HPS and CLIP are not needed then.
 #
-#   MODEL=models/stable-diffusion-v1-4 EMBEDDINGS=runs/embeddings/sd HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip bash scripts/train_sd.sh --output_dir runs/sd
+#   MODEL=models/stable-diffusion-v1-4 EMBEDDINGS=runs/embeddings/sd HPS=models/HPS_v2.1_compressed.pt CLIP=models/clip-vit-large-patch14 bash scripts/train_sd.sh --output_dir runs/sd
 #
 # On fewer or smaller GPUs set GPUS, and add --lora_rank 32 --learning_rate 1e-4.
 # SCRIPT=baselines/ddpo_sd.py and the like train by another method (baselines/README.md).
