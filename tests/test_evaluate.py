@@ -422,10 +422,19 @@ def test_a_named_benchmark_beside_prompts(evaluate, tmp_path):
     assert re.search(rf"{MODEL} on geneval begins anew: \S+ has it with another sampling\n", result.stdout)
 
 
-def test_broken_checkpoint(evaluate, base_as_checkpoint):
+def test_broken_checkpoint(evaluate, base_as_checkpoint, finished_run, tmp_path):
+    """Told before rewards and networks are loaded: the rewards here cannot be."""
+    unread = {"--rewards": f"clip={tmp_path}/nowhere"}
+    for flags, message in (
+        ({"--checkpoints": tmp_path / "no" / "export"}, f"there is no {tmp_path}/no/manifest.json"),
+        ({"--checkpoints": finished_run / "checkpoints"}, f"--checkpoints: there is no folder {finished_run}/checkpoints/transformer"),
+        ({"--checkpoints": base_as_checkpoint, "--num_frames": 5}, "--num_frames is not a setting of FluxPipeline"),
+    ):
+        result = evaluate(unread, flags, check=False)
+        assert result.returncode == 2 and message in result.stderr
     weights = next((base_as_checkpoint / "transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    result = evaluate({"--checkpoints": base_as_checkpoint}, check=False)
+    result = evaluate(unread, {"--checkpoints": base_as_checkpoint}, check=False)
     assert result.returncode == 2
     assert f"error: --checkpoints: {base_as_checkpoint / 'transformer'} cannot be loaded" in result.stderr
 
