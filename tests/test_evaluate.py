@@ -413,7 +413,10 @@ def test_a_named_benchmark_beside_prompts(evaluate, tmp_path):
     markdown = (folder / "results.md").read_text()
     assert "## geneval: 24 pictures of 12 prompts by each model" in markdown
     for kind, part in entry["groups"].items():
-        assert f"| geneval, {kind} | base | {part['mean']:.4f} ± " in markdown
+        low, high = part["interval"]
+        assert 0 <= low <= high <= 1
+        shown = f"± {high - part['mean']:.4f}" if low + high == pytest.approx(2 * part["mean"]) else f"({low:.4f} to {high:.4f})"
+        assert f"| geneval, {kind} | base | {part['mean']:.4f} {shown} |" in markdown
     assert all((folder / f"samples_{name}.png").is_file() for name in ("prompts", "geneval"))
 
     result = evaluate(flags, {"--rewards": "aesthetic", "--sampling_steps": 3}, check=False)
