@@ -37,6 +37,7 @@ from fastvideo.models.pretrained import load_pipeline, load_pretrained
 from fastvideo.parallel import distributed
 from fastvideo.parallel.distributed import Ranks, compute_dtype, keyed_generator
 from fastvideo.rewards import parse_rewards, score
+from fastvideo.rewards.preflight import preflight
 from fastvideo.runs.tracking import plot_rewards, read_metrics
 
 # Training's times are evenly spaced before the shift, whatever else a folder's scheduler would do with them.
@@ -158,6 +159,11 @@ def main() -> None:
     plans = distributed.on_main(
         lambda: {model: plan(root, titles[model], weights[model], tasks, keys, kept[model], clips) for model in models}
     )
+    frames = (sampling["num_frames"],) if clips else ()
+    blank = torch.zeros(1, 3, *frames, sampling["height"], sampling["width"], device=ranks.device)
+    of_tasks = zip(tasks, *plans.values(), strict=True)
+    needed = [task for task, *of_models in of_tasks if any(todo for _, todo in of_models)]
+    distributed.together(lambda: [preflight(task.rewards, blank, task.benchmark.rows[0]) for task in needed])
     for model, export in models.items():
         if export and any(todo for _, todo in plans[model]):
             use_network(pipeline, export, ranks.device)

@@ -442,6 +442,18 @@ def test_broken_checkpoint(evaluate, base_as_checkpoint, finished_run, tmp_path)
     assert f"error: --checkpoints: {base_as_checkpoint / 'transformer'} cannot be loaded" in result.stderr
 
 
+def test_a_reward_that_fails_is_found_before_anything_is_sampled(evaluate, tmp_path):
+    """Of all benchmarks, not only the first."""
+    dead = "http.dead=http://127.0.0.1:1,patience=0.1"
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    benchmark = f"visionreward={tmp_path}/p.txt,server=http://127.0.0.1:1,patience=0.1"
+    for flags in ({"--rewards": ("aesthetic", dead)}, {"--rewards": "aesthetic", "--benchmarks": benchmark}):
+        result = evaluate(flags, {"--output_dir": tmp_path / "evaluation"}, check=False)
+        assert result.returncode == 2 and "preflight: aesthetic: " in result.stdout
+        assert "no reward server answered within 0.1 s of trying http://127.0.0.1:1" in result.stderr
+        assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jsonl")]
+
+
 def test_a_first_frame_of_another_size_is_refused(evaluate, tmp_path):
     Image.new("RGB", (64, 32), "red").save(tmp_path / "wide.png")
     (tmp_path / "p.jsonl").write_text('{"prompt": "a red circle", "image": "wide.png"}\n')
