@@ -30,6 +30,8 @@ from fastvideo.evaluation.tasks import Task
 from fastvideo.media import to_pil
 from fastvideo.parallel.distributed import Ranks, keyed_generator
 
+HELDOUT = REPOSITORY / "shapes" / "prompts" / "heldout.txt"
+
 
 @pytest.fixture(scope="module")
 def evaluate(prompt_file, tmp_path_factory):
@@ -342,8 +344,9 @@ def test_command_line_and_torchrun(evaluate, results_of_run, finished_run):
         ({"--rewards": "beauty"}, "--rewards: unknown reward 'beauty'"),
         ({"--human_pairs": 3}, "--human_pairs needs --checkpoints"),
         ({"--benchmarks": "beauty=x"}, "benchmark 'beauty=x' is not of the form"),
+        ({"--benchmarks": f"clip={HELDOUT},model=nowhere"}, "error: --benchmarks: clip: clip=nowhere"),
     ],
-    ids=["no_run", "no_model", "no_prompts", "unknown_reward", "pairs_of_one_model", "unknown_benchmark"],
+    ids=["no_run", "no_model", "no_prompts", "unknown_reward", "pairs_of_one_model", "unknown_benchmark", "no_model_of_a_benchmark"],
 )
 def test_mistakes(evaluate, flags, message):
     result = evaluate(flags, check=False)
