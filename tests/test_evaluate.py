@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 import statistics
 import time
 from itertools import product
@@ -171,7 +173,8 @@ def sampled(scores: Path) -> list[tuple]:
     return [(store, *json.loads(line)["job"]) for store, line in whole]
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(results_of_run, finished_run, prompt_file, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_evaluation_goes_on_where_it_was(number, results_of_run, finished_run, prompt_file, tmp_path):
     flags = {"--model": MODEL, "--prompts": prompt_file, "--rewards": ("aesthetic", "shapes"), "--num_seeds": 2, "--batch_size": 3}
     flags |= {"--checkpoints": trained(finished_run), "--output_dir": tmp_path / "evaluation"}
     (process,) = start_forked(EVALUATE, flags, log=tmp_path / "killed")
@@ -179,8 +182,11 @@ def test_a_killed_evaluation_goes_on_where_it_was(results_of_run, finished_run, 
     while len(sampled(scores)) < 24:  # all of the base's, and some of the checkpoint's
         assert process.exitcode is None, (tmp_path / "killed.0.stderr").read_text()
         time.sleep(0.05)
-    process.kill()
-    process.join()
+    os.kill(process.pid, number)
+    process.join(60)
+    said = (tmp_path / "killed.0.stderr").read_text()
+    if number == signal.SIGINT:
+        assert process.exitcode == 130 and said.endswith("interrupted; the same command goes on from what is finished\n")
     before = len(sampled(scores))
     assert before < 40
     for file in scores.glob("*/*.jsonl"):
