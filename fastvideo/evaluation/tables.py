@@ -122,7 +122,7 @@ def print_table(results: dict[str, Any]) -> None:
     """The short one: each reward of each model, with its difference to the base."""
     base = next(iter(results["scores"]))
     for benchmark in results["benchmarks"]:
-        print(f"\n{heading(results, benchmark)}; mean ± half the 95 % interval over prompts")
+        print(f"\n{heading(results, benchmark)}; mean ± half the 95 % interval over prompts, or its ends")
         columns = ["reward", "model", "mean", f"difference to {base}", "wins"][: 5 if results["differences"] else 3]
         table = [columns, *(row[: len(columns)] for row in _rows(results, benchmark, base, groups=False))]
         widths = [max(map(len, column)) for column in zip(*table)]
