@@ -8,6 +8,7 @@ rewards.png (the run's curves with the base's noise band): docs/evaluation.md. R
 torchrun too: the processes share the pictures.
 """
 
+import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tqdm import tqdm
 from fastvideo.embeddings.encoders import read_image
 from fastvideo.errors import UserError
 from fastvideo.evaluation import diversity, human_pairs
-from fastvideo.evaluation.checkpoints import BASE, Checkpoint, parse_checkpoints, settings_of_runs
+from fastvideo.evaluation.checkpoints import BASE, Checkpoint, check_exports, parse_checkpoints, settings_of_runs
 from fastvideo.evaluation.identity import model_identity
 from fastvideo.evaluation.pictures import save_all, save_grids
 from fastvideo.evaluation.results import Scored, scored, summarise
@@ -36,6 +37,7 @@ from fastvideo.models.pretrained import load_pipeline, load_pretrained
 from fastvideo.parallel import distributed
 from fastvideo.parallel.distributed import Ranks, compute_dtype, keyed_generator
 from fastvideo.rewards import parse_rewards, score
+from fastvideo.rewards.preflight import preflight
 from fastvideo.runs.tracking import plot_rewards, read_metrics
 
 # Training's times are evenly spaced before the shift, whatever else a folder's scheduler would do with them.
@@ -124,12 +126,13 @@ def main() -> None:
     args = tyro.cli(Args, use_underscores=True, console_outputs=distributed.launch_rank() == 0, description=__doc__.splitlines()[0])
     ranks = distributed.init()
     parts = distributed.on_main(lambda: check_model(args.model))
+    distributed.on_main(lambda: check_checkpoints(args))
     benchmarks = distributed.on_main(lambda: find_benchmarks(args.prompts, args.rewards, args.images_per_prompt, args.benchmarks))
     tasks = load_tasks(benchmarks, args.num_seeds, args.diversity_clip, ranks.device)
     without = {"safety_checker": None} if "unet" in parts else {}  # it would blacken pictures, which training does not do
     pipeline = load_pipeline(args.model, args.dtype, ranks.device, **without)
     sampling = sampling_settings(args, pipeline)
-    family = family_of(pipeline)
+    family = family_of(type(pipeline).__name__)
     if family.from_images:
         size = None if args.resize else (sampling["width"], sampling["height"])
         rows = distributed.on_main(lambda: [check_first_frames(task.benchmark, args.prompts, size) for task in tasks])
@@ -156,6 +159,11 @@ def main() -> None:
     plans = distributed.on_main(
         lambda: {model: plan(root, titles[model], weights[model], tasks, keys, kept[model], clips) for model in models}
     )
+    frames = (sampling["num_frames"],) if clips else ()
+    blank = torch.zeros(1, 3, *frames, sampling["height"], sampling["width"], device=ranks.device)
+    of_tasks = zip(tasks, *plans.values(), strict=True)
+    needed = [task for task, *of_models in of_tasks if any(todo for _, todo in of_models)]
+    distributed.together(lambda: [preflight(task.rewards, blank, task.benchmark.rows[0]) for task in needed])
     for model, export in models.items():
         if export and any(todo for _, todo in plans[model]):
             use_network(pipeline, export, ranks.device)
@@ -204,16 +212,23 @@ def plot_curves(checkpoint: Checkpoint, path: Path, results: dict[str, Any]) -> 
 
 def use_network(pipeline: DiffusionPipeline, export: Path, device: torch.device) -> None:
     """Put the network of a run's export in the place of the pipeline's."""
-    network = family_of(pipeline).network_folder
+    network = family_of(type(pipeline).__name__).network_folder
     model_class, dtype = type(getattr(pipeline, network)), getattr(pipeline, network).dtype
     setattr(pipeline, network, None)  # two of them may not fit on one GPU
     setattr(pipeline, network, load_pretrained(model_class, export, network, "--checkpoints", torch_dtype=dtype))
     pipeline.to(device)
 
 
-def family_of(pipeline: DiffusionPipeline) -> Family:
-    """The facts of a model that `check_model` let pass."""
-    return next(family for family in FAMILIES.values() if family.pipeline == type(pipeline).__name__)
+def family_of(pipeline: str) -> Family:
+    """The facts of a model that `check_model` let pass, by the class of its pipeline."""
+    return next(family for family in FAMILIES.values() if family.pipeline == pipeline)
+
+
+def check_checkpoints(args: Args) -> None:
+    """Before anything is loaded. Raises UserError as `given_settings` and `check_exports` do."""
+    family = family_of(json.loads((args.model / "model_index.json").read_bytes())["_class_name"])
+    given_settings(args, family)
+    check_exports(parse_checkpoints(args.checkpoints), family)
 
 
 def batch_size(pictures: bool) -> int:
@@ -221,21 +236,25 @@ def batch_size(pictures: bool) -> int:
     return 16 if pictures else 1
 
 
+def given_settings(args: Args, family: Family) -> dict[str, Any]:
+    """Flags first, then the runs' manifests. Raises UserError for a flag that a pipeline has not, and as `settings_of_runs` does."""
+    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
+    of_runs = settings_of_runs(parse_checkpoints(args.checkpoints), family.pipeline, family.sampling, given, NUMBERS)
+    for name in given.keys() - family.sampling.keys():
+        raise UserError(f"--{name} is not a setting of {family.pipeline}, which has {', '.join(family.sampling)}")
+    return of_runs | given
+
+
 def sampling_settings(args: Args, pipeline: DiffusionPipeline) -> dict[str, Any]:
-    """Flags first, then the run's manifest, then defaults of the pipeline. Raises UserError for a flag that the pipeline does not have."""
-    family = family_of(pipeline)
-    known = family.sampling
-    settings = {name: default for name, (_, default) in known.items()}
+    """`given_settings`, and for the others defaults of the training script and the pipeline."""
+    family = family_of(type(pipeline).__name__)
+    settings = {name: default for name, (_, default) in family.sampling.items()}
     for size in ("height", "width"):
         settings[size] = settings[size] or pipeline.vae.config.sample_size
     if "max_sequence_length" in settings:
         limit = getattr(pipeline, family.length_limit).model_max_length
         settings["max_sequence_length"] = min(settings["max_sequence_length"], limit)
-    given = {name: getattr(args, name) for name in SAMPLING if getattr(args, name) is not None}
-    settings |= settings_of_runs(parse_checkpoints(args.checkpoints), type(pipeline).__name__, known, given, NUMBERS)
-    for name in given.keys() - known.keys():
-        raise UserError(f"--{name} is not a setting of {type(pipeline).__name__}, which has {', '.join(known)}")
-    return settings | given
+    return settings | given_settings(args, family)
 
 
 def use_trained_sampler(pipeline: DiffusionPipeline, sampling: dict[str, Any]) -> None:
@@ -254,7 +273,7 @@ def use_trained_sampler(pipeline: DiffusionPipeline, sampling: dict[str, Any]) -
 
 def pipeline_arguments(pipeline: DiffusionPipeline, sampling: dict[str, Any], rows: list[dict]) -> dict[str, Any]:
     """What the pipeline is called with for `rows`, generators apart."""
-    family = family_of(pipeline)
+    family = family_of(type(pipeline).__name__)
     known = family.sampling
     arguments = {known[name][0]: value for name, value in sampling.items() if known[name][0]}
     if "guidance_scale" in sampling:

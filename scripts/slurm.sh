@@ -114,18 +114,26 @@ case $1 in
 *) exec python scripts/launch.py "${rendezvous[@]}" --nproc_per_node "$GPUS" "$@" ;;
 esac'
 
-output_dir=${OUTPUT_DIR:-}
+output_dir=${OUTPUT_DIR:-} scores_dir=
 previous=
 for word in "$@"; do
     case $previous/$word in
     */--output_dir=*) output_dir=${word#*=} ;;
     --output_dir/*) output_dir=$word ;;
+    */--scores_dir=*) scores_dir=${word#*=} ;;
+    --scores_dir/*) scores_dir=$word ;;
     esac
     previous=$word
 done
+scores_dir=${scores_dir:-$output_dir/scores}
 
-progress() { # how many iterations have been finished, or how many files of embeddings or pictures
-    { cat "$output_dir/metrics.jsonl" || find "$output_dir" -maxdepth 2 \( -name 'shard-*' -o -name '*_*.png' \) || true; } 2>/dev/null | wc -l
+progress() { # how many iterations have been finished, or how many files of embeddings or pictures there are and scores of evaluate.py
+    {
+        cat "$output_dir/metrics.jsonl" || {
+            find "$output_dir" -maxdepth 2 \( -name 'shard-*' -o -name '*_*.png' \) || true
+            cat "$scores_dir"/*/*.jsonl || true
+        }
+    } 2>/dev/null | wc -l
 }
 
 rank=0 code=0

@@ -2,8 +2,10 @@
 
 import csv
 import json
+import os
 import re
 import shutil
+import signal
 import statistics
 import time
 from itertools import product
@@ -29,6 +31,8 @@ from fastvideo.evaluation.store import Job, Record, Store
 from fastvideo.evaluation.tasks import Task
 from fastvideo.media import to_pil
 from fastvideo.parallel.distributed import Ranks, keyed_generator
+
+HELDOUT = REPOSITORY / "shapes" / "prompts" / "heldout.txt"
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +173,8 @@ def sampled(scores: Path) -> list[tuple]:
     return [(store, *json.loads(line)["job"]) for store, line in whole]
 
 
-def test_a_killed_evaluation_goes_on_where_it_was(results_of_run, finished_run, prompt_file, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_evaluation_goes_on_where_it_was(number, results_of_run, finished_run, prompt_file, tmp_path):
     flags = {"--model": MODEL, "--prompts": prompt_file, "--rewards": ("aesthetic", "shapes"), "--num_seeds": 2, "--batch_size": 3}
     flags |= {"--checkpoints": trained(finished_run), "--output_dir": tmp_path / "evaluation"}
     (process,) = start_forked(EVALUATE, flags, log=tmp_path / "killed")
@@ -177,8 +182,11 @@ def test_a_killed_evaluation_goes_on_where_it_was(results_of_run, finished_run, 
     while len(sampled(scores)) < 24:  # all of the base's, and some of the checkpoint's
         assert process.exitcode is None, (tmp_path / "killed.0.stderr").read_text()
         time.sleep(0.05)
-    process.kill()
-    process.join()
+    os.kill(process.pid, number)
+    process.join(60)
+    said = (tmp_path / "killed.0.stderr").read_text()
+    if number == signal.SIGINT:
+        assert process.exitcode == 130 and said.endswith("interrupted; the same command goes on from what is finished\n")
     before = len(sampled(scores))
     assert before < 40
     for file in scores.glob("*/*.jsonl"):
@@ -342,8 +350,9 @@ def test_command_line_and_torchrun(evaluate, results_of_run, finished_run):
         ({"--rewards": "beauty"}, "--rewards: unknown reward 'beauty'"),
         ({"--human_pairs": 3}, "--human_pairs needs --checkpoints"),
         ({"--benchmarks": "beauty=x"}, "benchmark 'beauty=x' is not of the form"),
+        ({"--benchmarks": f"clip={HELDOUT},model=nowhere"}, "error: --benchmarks: clip: clip=nowhere"),
     ],
-    ids=["no_run", "no_model", "no_prompts", "unknown_reward", "pairs_of_one_model", "unknown_benchmark"],
+    ids=["no_run", "no_model", "no_prompts", "unknown_reward", "pairs_of_one_model", "unknown_benchmark", "no_model_of_a_benchmark"],
 )
 def test_mistakes(evaluate, flags, message):
     result = evaluate(flags, check=False)
@@ -413,7 +422,10 @@ def test_a_named_benchmark_beside_prompts(evaluate, tmp_path):
     markdown = (folder / "results.md").read_text()
     assert "## geneval: 24 pictures of 12 prompts by each model" in markdown
     for kind, part in entry["groups"].items():
-        assert f"| geneval, {kind} | base | {part['mean']:.4f} ± " in markdown
+        low, high = part["interval"]
+        assert 0 <= low <= high <= 1
+        shown = f"± {high - part['mean']:.4f}" if low + high == pytest.approx(2 * part["mean"]) else f"({low:.4f} to {high:.4f})"
+        assert f"| geneval, {kind} | base | {part['mean']:.4f} {shown} |" in markdown
     assert all((folder / f"samples_{name}.png").is_file() for name in ("prompts", "geneval"))
 
     result = evaluate(flags, {"--rewards": "aesthetic", "--sampling_steps": 3}, check=False)
@@ -422,12 +434,33 @@ def test_a_named_benchmark_beside_prompts(evaluate, tmp_path):
     assert re.search(rf"{MODEL} on geneval begins anew: \S+ has it with another sampling\n", result.stdout)
 
 
-def test_broken_checkpoint(evaluate, base_as_checkpoint):
+def test_broken_checkpoint(evaluate, base_as_checkpoint, finished_run, tmp_path):
+    """Told before rewards and networks are loaded: the rewards here cannot be."""
+    unread = {"--rewards": f"clip={tmp_path}/nowhere"}
+    for flags, message in (
+        ({"--checkpoints": tmp_path / "no" / "export"}, f"there is no {tmp_path}/no/manifest.json"),
+        ({"--checkpoints": finished_run / "checkpoints"}, f"--checkpoints: there is no folder {finished_run}/checkpoints/transformer"),
+        ({"--checkpoints": base_as_checkpoint, "--num_frames": 5}, "--num_frames is not a setting of FluxPipeline"),
+    ):
+        result = evaluate(unread, flags, check=False)
+        assert result.returncode == 2 and message in result.stderr
     weights = next((base_as_checkpoint / "transformer").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    result = evaluate({"--checkpoints": base_as_checkpoint}, check=False)
+    result = evaluate(unread, {"--checkpoints": base_as_checkpoint}, check=False)
     assert result.returncode == 2
     assert f"error: --checkpoints: {base_as_checkpoint / 'transformer'} cannot be loaded" in result.stderr
+
+
+def test_a_reward_that_fails_is_found_before_anything_is_sampled(evaluate, tmp_path):
+    """Of all benchmarks, not only the first."""
+    dead = "http.dead=http://127.0.0.1:1,patience=0.1"
+    (tmp_path / "p.txt").write_text("a red circle\n")
+    benchmark = f"visionreward={tmp_path}/p.txt,server=http://127.0.0.1:1,patience=0.1"
+    for flags in ({"--rewards": ("aesthetic", dead)}, {"--rewards": "aesthetic", "--benchmarks": benchmark}):
+        result = evaluate(flags, {"--output_dir": tmp_path / "evaluation"}, check=False)
+        assert result.returncode == 2 and "preflight: aesthetic: " in result.stdout
+        assert "no reward server answered within 0.1 s of trying http://127.0.0.1:1" in result.stderr
+        assert not [*tmp_path.rglob("*.png"), *tmp_path.rglob("*.jsonl")]
 
 
 def test_a_first_frame_of_another_size_is_refused(evaluate, tmp_path):

@@ -108,6 +108,7 @@ def test_tables_have_the_runs_numbers(runs):
         first, last = sum(row[key] for row in rows[:2]) / 2, sum(row[key] for row in rows[-2:]) / 2
         assert [title, f"{first:.4f}", f"{last:.4f}", f"{last - first:+.4f}"] in tables.rows
     (overview,) = (row for row in tables.rows if "train_grpo_flux.py" in row and len(row) == 6)
+    assert tables.rows[0][3] == "samples drawn"
     assert overview[2:4] == ["3 of 3, exported", str(rows[-1]["samples"])] and overview[5] == "1 x cpu"
     shown = {row[0]: row[1] for row in tables.rows if len(row) == 2}
     for name, value in manifest["arguments"].items():
@@ -187,7 +188,29 @@ def test_a_reward_that_one_run_holds_out_is_one_chart(tmp_path):
         ["clip (held out)", "one", "0.2000"],
         ["clip", "other", "0.3000"],
     ]
-    assert "clip<small>Held out by one.</small>" in text
+    assert "clip<small>Held out in the run one.</small>" in text
+
+
+def test_no_two_runs_look_the_same(tmp_path):
+    """In tables, legends, bars and curves, and in the script: classes that the style sheet has."""
+    folders = [write_run(tmp_path / f"run{i}", [{"reward/taste_mean": i, "time/iteration_s": 1.0}] * 2) for i in range(32)]
+    text, _, shown = report(*folders)
+    assert len(set(shown["colours"])) == 32
+    for number, classes in enumerate(shown["colours"]):
+        name = f'<span class="key {classes}"></span>run{number}<'
+        assert text.count(name) >= 6  # the overview, the rewards, a legend and the heading of a bar
+        assert f'<div class="{classes}"><p>A mean iteration' in text
+        assert text.count(f'<path class="{classes}" d="') == 2
+    for name in {name for classes in shown["colours"] for name in classes.split()}:
+        assert re.search(rf"\.{name} {{ --", text) and (name[0] == "c" or f"path.{name} {{ stroke-dasharray" in text)
+
+
+def test_a_single_grid_is_not_called_the_first_and_the_last(tmp_path):
+    run = write_run(tmp_path / "run", [{}])
+    for number, sentence in ((1, "<p>Without noise in the steps.</p>"), (5, "at the first and the last time that samples were drawn")):
+        (run / "samples").mkdir(exist_ok=True)
+        shutil.copy(REPOSITORY / "docs" / "images" / "quickstart_samples.png", run / "samples" / f"iteration_{number:06d}.png")
+        assert sentence in report(run)[0]
 
 
 def test_what_is_not_finite_is_left_out(tmp_path):
@@ -262,7 +285,7 @@ def test_markdown_of_an_evaluation():
         (lambda folder: [write_run(folder / "run", [])], "run/metrics.jsonl has no iteration yet"),
         (lambda folder: [write_run(folder / "run", [{}])] * 2, "the run .*/run is given twice"),
         (lambda folder: [write_run(folder / "run", [{}, {"x": "y"}, {}])], "line 2 of .*metrics.jsonl is damaged"),
-        (lambda folder: [damaged(write_run(folder / "run", [{}]), "manifest.json", "{")], "the run .*/run cannot be read: Expecting"),
+        (lambda folder: [damaged(write_run(folder / "run", [{}]), "manifest.json", "{")], "run/manifest.json cannot be read: Expecting"),
         (lambda folder: [damaged(write_run(folder / "run", [{}]), "manifest.json", "[]")], "manifest.json is not the manifest of a run"),
         (lambda folder: [damaged(write_run(folder / "run", [{}]), "samples/iteration_000001.png", "{")], "the picture .* cannot be read"),
     ],
@@ -285,12 +308,14 @@ def test_the_command(runs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"report: {run}/report.html (")
     assert (run / "report.html").stat().st_size < 2e6  # 20 MB are allowed to a run of the quickstart, with its pictures of the same size
-    done = run_script(REPORT, run, runs["clips"], {"--output": tmp_path / "new" / "both.html", "--clips": 1}, log=tmp_path / "log")
-    assert done.returncode == 0 and (tmp_path / "new" / "both.html").read_text().count("<video") == 2
+    done = run_script(REPORT, run, runs["clips"], {"--output": tmp_path / "both.html", "--clips": 1}, log=tmp_path / "log")
+    assert done.returncode == 0 and (tmp_path / "both.html").read_text().count("<video") == 2
     for flags, sentence in (
         ((tmp_path / "nowhere",), f"error: there is no run folder {tmp_path}/nowhere\n"),
         ((run, {"--window": 0}), "error: --window is 0, but must be 1 or more\n"),
         ((run, {"--output": tmp_path}), f"error: --output {tmp_path} is a folder: name a file in it\n"),
+        ((run, {"--output": tmp_path / "new" / "a.html"}), f"error: --output {tmp_path}/new/a.html: there is no folder {tmp_path}/new\n"),
+        ((run,) * 33, "error: 33 runs are given, but 32 at most can be told apart on one page\n"),
     ):
         failed = run_script(REPORT, *flags, log=tmp_path / "log")
         assert (failed.returncode, failed.stderr) == (2, sentence)

@@ -348,6 +348,29 @@ SLURM_COMMANDS = {
 }
 
 
+@pytest.mark.parametrize("flags", [[], ["--scores_dir", "SCORES"], ["--scores_dir=SCORES"]])
+def test_slurm_starts_an_evaluation_again_as_long_as_it_adds_scores(tmp_path, flags):
+    """Four starts that end a batch more each and crash, and two that only crash."""
+    scores = tmp_path / "shared" if flags else tmp_path / "evaluation" / "scores"
+    (scores / "digest").mkdir(parents=True)
+    crash = """echo >>"$FOLDER/starts"; [ "$(wc -l <"$FOLDER/starts")" -gt 4 ] || echo '{}' >>"$SCORES/digest/a.jsonl"; exit 1"""
+    command = ["evaluate.py", "--output_dir", str(tmp_path / "evaluation"), *(flag.replace("SCORES", str(scores)) for flag in flags)]
+    given = slurm_job(tmp_path, SLURM_COMMANDS | {"srun": crash}) | {"SCORES": str(scores), "MAX_TRIES": "2", "END": ""}
+    done = subprocess.run(["bash", "scripts/slurm.sh", *command], env=os.environ | given, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1 and "2 starts in a row have finished no new iteration: giving up" in done.stdout, done.stderr
+    assert (tmp_path / "starts").read_text() == 6 * "\n"
+
+
+def slurm_job(folder: Path, commands: dict[str, str]) -> dict[str, str]:
+    """The environment of a job with its logs in `folder`, and commands of SLURM that are these."""
+    for name, text in commands.items():
+        (folder / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    slurm = {"JOB_ID": 7, "JOB_NUM_NODES": 1, "JOB_NODELIST": "first", "SUBMIT_DIR": REPOSITORY, "CPUS_ON_NODE": 2, "GPUS_ON_NODE": 0}
+    given = {f"SLURM_{name}": str(value) for name, value in slurm.items()} | {"LOGS": str(folder / "logs"), "CONTAINER": "env"}
+    return given | {"FOLDER": str(folder), "PATH": f"{folder}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
+
+
 @pytest.mark.parametrize(
     ("left", "signals", "wait"),
     [
@@ -358,16 +381,11 @@ SLURM_COMMANDS = {
     ],
 )
 def test_slurm_warning_is_passed_on_when_an_iteration_and_five_minutes_are_left(tmp_path, left, signals, wait):
-    for name, text in SLURM_COMMANDS.items():
-        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
-        (tmp_path / name).chmod(0o755)
+    given = slurm_job(tmp_path, SLURM_COMMANDS)
     (tmp_path / "run").mkdir()
     seconds = [99.9, *[2.0] * 6, 4.7, *[1.0] * 3]  # the first is not one of the last ten
     lines = [json.dumps({"iteration": i, "time/iteration_s": one, "samples": 8}) for i, one in enumerate(seconds)]
     (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
-    slurm = {"JOB_ID": 7, "JOB_NUM_NODES": 1, "JOB_NODELIST": "first", "SUBMIT_DIR": REPOSITORY, "CPUS_ON_NODE": 2, "GPUS_ON_NODE": 0}
-    given = {f"SLURM_{name}": str(value) for name, value in slurm.items()} | {"LOGS": str(tmp_path / "logs"), "CONTAINER": "env"}
-    given |= {"FOLDER": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}", "DS_ACCELERATOR": "cpu"}
     end = int(time.time()) + left
     given["END"] = datetime.fromtimestamp(end).isoformat()
     command = ["bash", "scripts/slurm.sh", "train_grpo_flux.py", "--output_dir", str(tmp_path / "run")]

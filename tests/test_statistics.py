@@ -195,6 +195,36 @@ def test_a_rate_without_exception_has_an_exact_interval(found, gain, low, high):
     assert summarise(models, [benchmark])["differences"]["one"]["base"]["bench"]["s"]["win_rate"]["interval"] is None  # of means of groups
 
 
+def test_intervals_of_scores_of_0_and_1_are_those_of_rates(found):
+    """They end at 0 and 1, also in groups, and their differences at -1 and 1; not so where a score is another, or all are the same."""
+    _, benchmark = found
+    base, one = np.zeros((6, 2, 2)), np.ones((6, 2, 2))
+    base[0], one[0, 0, 0] = 1, 0  # of the kind "a", as 1, 2 and 3 are; 4 and 5 are "b"
+    for bounded, low, high in ((True, 0, 1), (False, 0, 1.5), (False, 0, 0)):
+        scores = {model: np.where(values == 1, high, low) for model, values in (("base", base), ("one", one))}
+        models = {model: {"bench": Scored({"r": values.astype(float)}, {})} for model, values in scores.items()}
+        results = summarise(models, [Benchmark("bench", benchmark.rows, ("r",), 2, group="tag")])
+        before, after, difference = (
+            *(results["scores"][name]["bench"]["r"] for name in models),
+            results["differences"]["one"]["base"]["bench"]["r"],
+        )
+        if bounded:
+            for entry, values in ((before, base), (after, one), (difference, one - base)):
+                margin, mean = margins(values.mean((1, 2))[None])[0], values.mean()
+                least = -1 if entry is difference else 0
+                assert entry["interval"] == pytest.approx([max(least, mean - margin), min(1, mean + margin)])
+                assert entry["groups"]["a"]["interval"][0] >= least and entry["groups"]["a"]["interval"][1] <= 1
+            assert before["interval"][0] == before["groups"]["a"]["interval"][0] == 0 and after["interval"][1] == 1
+            assert difference["groups"]["a"]["interval"][1] == 1
+            assert before["groups"]["b"]["interval"] == pytest.approx([0, 1 - 0.025**0.5])
+            facts = {"sampling": {}, "benchmarks": {"bench": {"prompts": 6, "samples": 24, "kind": "clip"}}}
+            assert f"| r | base | {1 / 6:.4f} (0.0000 to {before['interval'][1]:.4f}) |" in as_markdown(facts | results)
+        elif high:
+            assert before["interval"][0] < 0 and after["interval"][1] > 1.5 and before["groups"]["b"]["interval"] is None
+        else:
+            assert before["interval"] is None
+
+
 def test_markdown_has_a_table_for_each_model_unless_there_are_many(found):
     parts, benchmark = found
     for number, tables in ((2, 1), (3, 2), (5, 4), (6, 1)):

@@ -12,7 +12,7 @@ from typing import Literal
 from fastvideo.embeddings.prompts import read_prompts
 from fastvideo.errors import UserError
 from fastvideo.rewards import parse_rewards
-from fastvideo.rewards.names import WORDS, split_options
+from fastvideo.rewards.names import WORDS, find_loader, option_defaults, split_options
 
 STYLES = ("anime", "concept-art", "paintings", "photo")  # of HPS-v2's benchmark: STYLE.json each
 FORM = "NAME=PATH[,OPTION=VALUE...]"
@@ -62,6 +62,10 @@ def parse_benchmark(text: str) -> Benchmark:
         raise UserError(f"benchmark {text!r} is not of the form {FORM}, where the names are {', '.join(BENCHMARKS)}")
     try:
         options = kind.reward_options | split_options(match["options"], text)
+        of_rewards = (name for reward in kind.rewards for name in option_defaults(find_loader(reward, None)))
+        known = dict.fromkeys([*(kind.option or ())[:1], "images", *of_rewards])
+        if unknown := [option for option in options if option not in known]:
+            raise UserError(f"unknown option {unknown[0]!r}; {match['name']} knows {', '.join(known)}")
         images = options.pop("images", str(kind.images_per_prompt))
         if not images.isdecimal() or int(images) < 1:
             raise UserError(f"images={images} is not a whole number above 0")

@@ -9,6 +9,8 @@ from typing import Any
 
 from fastvideo.errors import UserError
 from fastvideo.flags import check_numbers
+from fastvideo.models.families.family import Family
+from fastvideo.models.model_folder import check_weights
 
 BASE = "base"
 
@@ -52,6 +54,15 @@ def parse_checkpoints(texts: Sequence[str]) -> list[Checkpoint]:
             taken.add(name)
         checkpoints.append(Checkpoint(name, path))
     return checkpoints
+
+
+def check_exports(checkpoints: Sequence[Checkpoint], family: Family) -> None:
+    """Raises UserError for an export without the network of the family, or whose weights are not whole; none of them are read."""
+    for checkpoint in checkpoints:
+        network = checkpoint.export / family.network_folder
+        if not network.is_dir():
+            raise UserError(f"--checkpoints: there is no folder {network}")
+        check_weights(network, family.parts("evaluation")[family.network_folder], "--checkpoints")
 
 
 def settings_of_runs(

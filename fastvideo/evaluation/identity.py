@@ -7,24 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from fastvideo.embeddings.fingerprint import content_digest, encoder_fingerprint
-from fastvideo.errors import UserError
 from fastvideo.models.families.family import Family
-from fastvideo.models.model_folder import check_weights
 from fastvideo.rewards import parse_rewards
 
 
 def model_identity(model: Path, family: Family, export: Path | None) -> dict[str, Any]:
-    """Checksums of the parts of a model's folder, the network that of a run's `export` if one is given. Large files are read once.
-
-    Raises UserError for weights that are not whole.
-    """
+    """Checksums of the parts of a model's folder, the network that of a run's `export` if one is given. Large files are read once."""
     network = family.network_folder
     parts = tuple(part for part in family.parts("evaluation") if part != network or export is None)
     if export is None:
         return encoder_fingerprint(model, parts)
-    if not (export / network).is_dir():
-        raise UserError(f"--checkpoints: there is no folder {export / network}")
-    check_weights(export / network, family.parts("evaluation")[network], "--checkpoints")  # before the base is sampled
     return encoder_fingerprint(model, parts) | encoder_fingerprint(export, (network,))
 
 

@@ -59,12 +59,15 @@ def summarise(found: dict[str, dict[str, Scored]], benchmarks: Sequence[Benchmar
             columns = {model: values.mean((1, 2)) for model, values in whole.items()}
             columns |= {pair: columns[pair[0]] - columns[pair[1]] for pair in pairs}
             won = {(*pair, "wins"): wins(whole[pair[0]], whole[pair[1]]).mean((1, 2)) for pair in pairs if is_reward}
+            # A reward's range is not known; but one that gives 0 and 1 and nothing between has rates for means.
+            is_rate = is_reward and np.array_equal(np.unique(np.stack([*whole.values()])), (0, 1))
             entry = dict(zip([*columns, *won], _entries(np.stack([*columns.values(), *won.values()]), groups, benchmark.total)))
             for model, values in whole.items():
-                scores[model][benchmark.name][name] = entry[model] | (_of_seeds(values, groups, benchmark.total) if is_reward else {})
+                mean = _of_rate(entry[model], number) if is_rate else entry[model]
+                scores[model][benchmark.name][name] = mean | (_of_seeds(values, groups, benchmark.total) if is_reward else {})
             for pair in pairs:
                 win_rate = {"win_rate": _of_rate(entry[*pair, "wins"], number)} if is_reward else {}
-                differences[pair[0]][pair[1]][benchmark.name][name] = entry[pair] | win_rate
+                differences[pair[0]][pair[1]][benchmark.name][name] = (_of_difference(entry[pair]) if is_rate else entry[pair]) | win_rate
     return {"scores": scores, "differences": differences}
 
 
@@ -94,13 +97,22 @@ def _of_rate(entry: dict[str, Any], prompts: int | None) -> dict[str, Any]:
 
     Then the bound is the rate at which that many in a row have a chance of at most 2.5 %.
     """
-    interval, rate = entry["interval"], entry["mean"]
-    if interval:
-        interval = [max(0.0, interval[0]), min(1.0, interval[1])]
-    elif prompts and rate in (0, 1):
+    interval, rate = _between(0.0, entry["interval"]), entry["mean"]
+    if not interval and prompts and rate in (0, 1):
         bound = 0.025 ** (1 / prompts)
         interval = [bound, 1.0] if rate else [0.0, 1 - bound]
     return entry | {
         "interval": interval,
         "groups": {name: part | _of_rate(part | {"groups": {}}, part["prompts"]) for name, part in entry["groups"].items()},
     }
+
+
+def _of_difference(entry: dict[str, Any]) -> dict[str, Any]:
+    """Intervals without what no difference of two rates can be."""
+    groups = {name: part | {"interval": _between(-1.0, part["interval"])} for name, part in entry["groups"].items()}
+    return entry | {"interval": _between(-1.0, entry["interval"]), "groups": groups}
+
+
+def _between(low: float, interval: list[float] | None) -> list[float] | None:
+    """What of an interval, if there is one, is between `low` and 1."""
+    return interval and [max(low, interval[0]), min(1.0, interval[1])]

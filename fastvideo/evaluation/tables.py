@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,9 +78,13 @@ def _single(found: dict[str, dict[str, Scored]], benchmarks: Sequence[Benchmark]
 
 
 def _number(entry: dict[str, Any], sign: str = "") -> str:
-    """`0.1234 ± 0.0056`, half the interval's width behind the sign; a question mark where there is none."""
-    interval = entry["interval"]
-    return f"{entry['mean']:{sign}.4f} ± " + (f"{(interval[1] - interval[0]) / 2:.4f}" if interval else "?")
+    """`0.1234 ± 0.0056`, half the interval's width behind the sign; its ends where the mean is not its middle; `?` where there is none."""
+    low, high = entry["interval"] or (math.nan, math.nan)
+    if math.isnan(low):
+        return f"{entry['mean']:{sign}.4f} ± ?"
+    if math.isclose(low + high, 2 * entry["mean"], rel_tol=1e-9, abs_tol=1e-9):
+        return f"{entry['mean']:{sign}.4f} ± {(high - low) / 2:.4f}"
+    return f"{entry['mean']:{sign}.4f} ({low:{sign}.4f} to {high:{sign}.4f})"
 
 
 def _rate(entry: dict[str, Any]) -> str:
@@ -117,7 +122,7 @@ def print_table(results: dict[str, Any]) -> None:
     """The short one: each reward of each model, with its difference to the base."""
     base = next(iter(results["scores"]))
     for benchmark in results["benchmarks"]:
-        print(f"\n{heading(results, benchmark)}; mean ± half the 95 % interval over prompts")
+        print(f"\n{heading(results, benchmark)}; mean ± half the 95 % interval over prompts, or its ends")
         columns = ["reward", "model", "mean", f"difference to {base}", "wins"][: 5 if results["differences"] else 3]
         table = [columns, *(row[: len(columns)] for row in _rows(results, benchmark, base, groups=False))]
         widths = [max(map(len, column)) for column in zip(*table)]
@@ -130,10 +135,12 @@ def as_markdown(results: dict[str, Any]) -> str:
     models = list(results["scores"])
     lines = ["# Evaluation", "", f"Sampling: {', '.join(f'{name} {value}' for name, value in results['sampling'].items())}.", ""]
     lines += [
-        f"{INTERVALS}; behind ± is half their width, and ? where there are none. Wins: the share of pictures that score higher than",
+        f"{INTERVALS}; behind ± is half their width, and ? where there are none; those of rates are in brackets where 0 or 1 ends them.",
         "",
     ]
-    lines[-2] += " the other model's from the same prompt and noise; equal ones count half."
+    lines[-2] += (
+        " Wins: the share of pictures that score higher than the other model's from the same prompt and noise; equal ones count half."
+    )
     if len(models) > MANY:
         lines += ["Differences between checkpoints are in results.json and results.csv.", ""]
     for benchmark in results["benchmarks"]:

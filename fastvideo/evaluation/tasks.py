@@ -58,11 +58,20 @@ def find_benchmarks(prompts: Path | None, rewards: tuple[str, ...], images_per_p
 
 
 def load_tasks(benchmarks: Sequence[Benchmark], num_seeds: int, clip: Path | None, device: torch.device) -> list[Task]:
-    """Rewards that several have are loaded once. clip: for diversity; None: that of the reward `clip`, where it is one of theirs."""
+    """Rewards that several have are loaded once. clip: for diversity; None: that of the reward `clip`, where it is one of theirs.
+
+    Raises UserError as `load_rewards` does, which names the benchmark, or --rewards.
+    """
     rewards: dict[str, dict[str, Reward]] = {}  # by what the command line has for them
     for text in dict.fromkeys(text for benchmark in benchmarks for text in benchmark.rewards):
         rows = [row for benchmark in benchmarks if text in benchmark.rewards for row in benchmark.rows]
-        rewards[text] = load_rewards(parse_rewards([text]), device, rows)
+        owner = next(benchmark.name for benchmark in benchmarks if text in benchmark.rewards)
+        try:
+            rewards[text] = load_rewards(parse_rewards([text]), device, rows)
+        except UserError as error:
+            if owner == PROMPTS:
+                raise
+            raise UserError(f"--benchmarks: {owner}: {str(error).removeprefix('--rewards: ')}") from error
     features: dict[Path | None, dict[str, diversity.Features]] = {}
     tasks = []
     for benchmark in benchmarks:

@@ -126,7 +126,7 @@ def exit_code_of(main: Callable[[], None]) -> int:
         main()
     except KeyboardInterrupt:
         if launch_rank() == 0:
-            print("interrupted; the same command goes on from the last checkpoint", file=sys.stderr, flush=True)
+            print("interrupted; the same command goes on from what is finished", file=sys.stderr, flush=True)
         os._exit(130)  # the process group's threads would wait for each other
     except UserError as error:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # whoever listened for it has ended

@@ -9,6 +9,12 @@ from fastvideo.report.read import RunFiles, moving_average
 
 MOST_POINTS = 600  # of a curve: longer ones show the lowest and the highest value of each of half as many stretches
 SIDE = 1000  # of the drawing, in its own units
+COLOURS, DASHES = 8, 4  # as page.css has them, c0 to c7, and d1 to d3 beside solid lines: so many runs at most are told apart
+
+
+def colour(number: int) -> str:
+    """The classes by which a run's curve, bar and key are drawn: its colour, and its dashes where the colours are taken."""
+    return f"c{number % COLOURS}" + (f" d{number // COLOURS}" if number >= COLOURS else "")
 
 
 def chart(keys: tuple[str, ...], title: str, note: str, runs: list[RunFiles], window: int) -> tuple[str, dict]:
@@ -26,8 +32,8 @@ def chart(keys: tuple[str, ...], title: str, note: str, runs: list[RunFiles], wi
         average, kept = moving_average(values, window), _kept(values)
         places = [SIDE * (iterations[kept] - x_range[0]) / (x_range[1] - x_range[0])]
         places += [SIDE * (high - line[kept]) / (high - low) for line in (values, average)]
-        paths.append(f'<path class="thin c{number % 8}" d="{_path(places[0], places[1])}"/>')
-        paths.append(f'<path class="{"dashed " if number >= 8 else ""}c{number % 8}" d="{_path(places[0], places[2])}"/>')
+        paths.append(f'<path class="thin c{number % COLOURS}" d="{_path(places[0], places[1])}"/>')
+        paths.append(f'<path class="{colour(number)}" d="{_path(places[0], places[2])}"/>')
         shown = {"value": values[kept], "mean": average[kept]}
         curves.append({"run": number, "x": iterations[kept].astype(int).tolist()} | {name: _rounded(line) for name, line in shown.items()})
     across = {at: 100 * (high - at) / (high - low) for at in _ticks(low, high)}

@@ -1,5 +1,5 @@
 "use strict";
-const { runs, charts } = JSON.parse(document.getElementById("data").textContent);
+const { runs, colours, charts } = JSON.parse(document.getElementById("data").textContent);
 
 const number = (value) => (value === null ? "not finite" : Number(value.toPrecision(4)));
 
@@ -17,7 +17,7 @@ for (const plot of document.querySelectorAll(".plot")) {
     line(`iteration ${at}`);
     for (const [curve, i] of found) {
       const key = document.createElement("i");
-      key.className = `key c${curve.run % 8}`;
+      key.className = `key ${colours[curve.run]}`;
       const other = curve.x[i] === at ? "" : ` at ${curve.x[i]}`;
       line(key, `${number(curve.value[i])}, mean ${number(curve.mean[i])}${other}${runs.length > 1 ? ` (${runs[curve.run]})` : ""}`);
     }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fastvideo.report import media
-from fastvideo.report.charts import chart
+from fastvideo.report.charts import chart, colour
 from fastvideo.report.read import RunFiles, markdown_blocks
 
 POLICY = {
@@ -59,7 +59,9 @@ def page(runs: list[RunFiles], window: int, clips: int) -> str:
         f"Thin: each iteration. Thick: mean of the last {window}. Point at a curve for its numbers. "
         f"The table has means of the first and the last {window} iterations, or of the halves of a shorter run."
     )
-    drawn = "The same prompts and noise at the first and the last time that samples were drawn, without noise in the steps."
+    drawn = "Without noise in the steps."
+    if any(len(run.samples()) > 1 for run in runs):
+        drawn = "The same prompts and noise at the first and the last time that samples were drawn, without noise in the steps."
     curves = charts({keys: (title, _held_out(runs, keys)) for title, keys in rewards.items()})
     evaluations = [_markdown(run.evaluation()[0]) + media.evaluation(run, clips) for run in runs]
     sections = [
@@ -73,7 +75,8 @@ def page(runs: list[RunFiles], window: int, clips: int) -> str:
         _section("All other metrics", "", f"<details><summary>{len(rest)} curves</summary>{those_of(rest)}</details>") if rest else "",
     ]
     body = f"<h1>Training report</h1>{_overview(runs)}{''.join(sections)}"
-    return _document(", ".join(run.name for run in runs), body, {"runs": [run.name for run in runs], "charts": data})
+    data = {"runs": [run.name for run in runs], "colours": [colour(run.number) for run in runs], "charts": data}
+    return _document(", ".join(run.name for run in runs), body, data)
 
 
 def _document(title: str, body: str, data: dict[str, Any]) -> str:
@@ -91,7 +94,7 @@ def _document(title: str, body: str, data: dict[str, Any]) -> str:
 def _held_out(runs: list[RunFiles], keys: tuple[str, ...]) -> str:
     """Which runs have not been trained on a reward."""
     names = [run.name for run in runs if any(key in run.metrics() for key in keys if key.startswith("held_out/"))]
-    return "" if not names else "Held out." if len(runs) == 1 else f"Held out by {', '.join(names)}."
+    return "" if not names else "Held out." if len(runs) == 1 else f"Held out in the run{'s' * (len(names) > 1)} {', '.join(names)}."
 
 
 def _section(title: str, note: str, body: str) -> str:
@@ -105,7 +108,7 @@ def _of_each(title: str, note: str, runs: list[RunFiles], bodies: list[str]) -> 
 
 
 def _name(run: RunFiles) -> str:
-    return f'<span class="key c{run.number % 8}"></span>{escape(run.name)}'
+    return f'<span class="key {colour(run.number)}"></span>{escape(run.name)}'
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -126,7 +129,7 @@ def _overview(runs: list[RunFiles]) -> str:
         samples = f"{run.rows[-1]['samples']:,}" if "samples" in run.rows[-1] else "?"
         facts = (run.manifest.get("script", "?"), state, samples, _duration(seconds), where)
         rows.append([_name(run), *(escape(str(fact)) for fact in facts)])
-    return _table(["run", "script", "iterations", "samples trained on", "time in iterations", "processes"], rows)
+    return _table(["run", "script", "iterations", "samples drawn", "time in iterations", "processes"], rows)
 
 
 def _duration(seconds: float) -> str:
@@ -165,7 +168,7 @@ def _time(runs: list[RunFiles]) -> str:
         )
         title = f"<h3>{_name(run)}</h3>" if len(runs) > 1 else ""
         split = f'<div class="bar">{bar}</div><ul class="keys">{keys}</ul>'
-        parts.append(f'{title}<div class="c{run.number % 8}"><p>A mean iteration takes {whole:.3g} s:</p>{split}</div>')
+        parts.append(f'{title}<div class="{colour(run.number)}"><p>A mean iteration takes {whole:.3g} s:</p>{split}</div>')
     return "".join(parts)
 
 

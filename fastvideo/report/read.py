@@ -17,7 +17,7 @@ from fastvideo.runs.tracking import read_metrics
 
 @dataclass(frozen=True)
 class RunFiles:
-    """One run. rows: metrics of each iteration, at least one. manifest: {} if there is none. number: from 0, its colour."""
+    """One run. rows: metrics of each iteration, at least one. manifest: {} if there is none. number: from 0, by which it is drawn."""
 
     number: int
     name: str
@@ -75,13 +75,16 @@ def _read(number: int, name: str, folder: Path) -> RunFiles:
         raise UserError(f"there is no run folder {folder}")
     try:
         rows = read_metrics(folder)
-        manifest = json.loads((folder / "manifest.json").read_bytes())
     except FileNotFoundError as error:
-        if Path(error.filename).name == "metrics.jsonl":
-            raise UserError(f"{folder} has no metrics.jsonl: it is no run folder, or its run has not ended an iteration yet") from error
+        raise UserError(f"{folder} has no metrics.jsonl: it is no run folder, or its run has not ended an iteration yet") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{folder}/metrics.jsonl cannot be read: {error}") from error
+    try:
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+    except FileNotFoundError:
         manifest = {}
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"the run {folder} cannot be read: {error}") from error
+        raise UserError(f"{folder}/manifest.json cannot be read: {error}") from error
     if not rows:
         raise UserError(f"{folder}/metrics.jsonl has no iteration yet")
     if not isinstance(manifest, dict) or not isinstance(manifest.get("arguments", {}), dict):

@@ -135,9 +135,7 @@ def split_options(words: str, text: str) -> dict[str, str]:
 
 def _options(name: str, loader: Callable, words: str, text: str) -> dict[str, Any]:
     """`",fps=4"` -> `{"fps": 4.0}`, of the type of the default that the reward's loader has for it."""
-    parameters = list(inspect.signature(loader).parameters.values())[2:]
-    defaults = {parameter.name: parameter.default for parameter in parameters}
-    options = {}
+    defaults, options = option_defaults(loader), {}
     for option, value in split_options(words, text).items():
         if option not in defaults:
             raise UserError(f"--rewards: {text!r} has an unknown option {option!r}; {name} knows {', '.join(defaults) or 'none'}")
@@ -149,6 +147,11 @@ def _options(name: str, loader: Callable, words: str, text: str) -> dict[str, An
         except ValueError:
             raise UserError(f"--rewards: the option {option!r} in {text!r} is not a number") from None
     return options
+
+
+def option_defaults(loader: Callable) -> dict[str, Any]:
+    """The options that a reward's loader knows, by name, with their defaults."""
+    return {parameter.name: parameter.default for parameter in list(inspect.signature(loader).parameters.values())[2:]}
 
 
 def _finite(value: Any) -> Any:
