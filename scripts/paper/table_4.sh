@@ -24,7 +24,7 @@ tuned() { # NAME REWARD FLAGS
     TINY="--learning_rate $rate ${*:3}" REAL=$real arm sd "$1" "$2"
 }
 method grpo 4e-4 2e-4
-method ddpo 1e-4 1e-4
+method ddpo 2e-4 2e-4
 method dpok 1e-4 1e-4
 method refl 1e-4 1e-4 --last_steps 2
 method dpo 1e-4 1e-4 --beta 500
