@@ -412,14 +412,14 @@ def draw_steps(samples: list[tuple], run: Run) -> Tensor:
 
 def sample_groups(samples: list, cond: dict, trained_steps: Tensor, schedule: Schedule, shape: tuple, run: Run) -> dict:
     """`rollout` of all samples, in batches: their trajectories {name: (samples, K, ...)}, and clean latents "x0_hat" (samples, *shape)."""
-    args, parts = run.args, []
+    args, parts, levels = run.args, [], noise_levels(schedule, run.args)
     with run.sampling():
         for batch in run.batches(len(samples)):
             keys = [samples[i] for i in batch]
             initial = run.generators("initial_noise", [key[:1] if args.shared_noise else key for key in keys])
             z_1 = torch.stack([torch.randn(shape, generator=generator) for generator in initial]).to(run.device)
             batch_cond = {name: tensor[batch.to(run.device) // args.num_generations] for name, tensor in cond.items()}
-            noise, levels = run.generators("step_noise", keys), noise_levels(schedule, args)
+            noise = run.generators("step_noise", keys)
             kept, x0_hat = rollout(run.policy, batch_cond, z_1, schedule, levels, noise, trained_steps[batch])
             parts.append(kept | {"x0_hat": x0_hat})
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}

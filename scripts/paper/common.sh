@@ -28,10 +28,12 @@ setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who 
     tiny=(--prompts_per_iteration 8 --num_generations 12 --sampling_steps 8 --ema_decay 0.95 --lr_warmup_steps 5
         --zero_stage 1 --height 32 --width 32 --rollout_batch_size 128 --micro_batch_size 64 --checkpoint_every 20 --keep_checkpoints 1)
     flow=(--shift 3 --noise_level 0.7 --updates_per_iteration 4 --learning_rate 1e-4)
-    family=$1 prompts=train.txt heldout=heldout.txt judges=(aesthetic clip=shapes/models/clip shapes shapes_strict) pictures=16 full=() size=() also=() transitions=()
+    family=$1 prompts=train.txt heldout=heldout.txt judges=(aesthetic clip=shapes/models/clip shapes shapes_strict) pictures=16
+    full=() size=() also=() transitions=()
     case $1 in
     sd)
-        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 32) transitions=(--timestep_selection first --timestep_fraction 0.6)
+        tiny+=(--noise_level 1 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 1e-4 --iterations 32)
+        transitions=(--timestep_selection first --timestep_fraction 0.6)
         also=("${questions[@]}") nodes=1 folder=stable-diffusion-v1-4 judges_in_full=("${of_pictures[@]}")
         ;;
     flux)
@@ -41,16 +43,19 @@ setting() { # NAME: a model and its task. The tiny one: its prompts, flags, who 
     hunyuan_image)
         family=hunyuan
         tiny+=("${flow[@]}" --num_frames 1 --iterations 40)
-        nodes=4 folder=HunyuanVideo judges_in_full=("${of_pictures[@]}") full=(--num_frames 1 --height 720 --width 720 --sp_size 1 --num_generations 12 --best_of_n 0)
+        nodes=4 folder=HunyuanVideo judges_in_full=("${of_pictures[@]}")
+        full=(--num_frames 1 --height 720 --width 720 --sp_size 1 --num_generations 12 --best_of_n 0)
         ;;
     hunyuan)
         prompts=video_train.txt heldout=video_heldout.txt judges=(visual motion shapes shapes_strict) pictures=8
         tiny+=("${flow[@]}" --num_frames 9 --learning_rate 2e-4 --iterations 40)
-        nodes=8 folder=HunyuanVideo judges_in_full=(--prompts prompts/vidprom/heldout.txt "${of_clips[@]}" "http.visionreward=http://${REWARD_SERVER:-127.0.0.1}:8500,send=uint8")
+        nodes=8 folder=HunyuanVideo
+        judges_in_full=(--prompts prompts/vidprom/heldout.txt "${of_clips[@]}" "http.visionreward=http://${REWARD_SERVER:-127.0.0.1}:8500,send=uint8")
         ;;
     skyreels)
         prompts=i2v_train.jsonl heldout=i2v_heldout.jsonl judges=(motion fidelity visual shapes) pictures=8 size=(--height 32 --width 32)
-        tiny+=("${flow[@]}" --num_frames 9 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 2e-4 --iterations 30) transitions=(--timestep_selection first --timestep_fraction 0.6)
+        tiny+=("${flow[@]}" --num_frames 9 --guidance_scale 2 --updates_per_iteration 1 --learning_rate 2e-4 --iterations 30)
+        transitions=(--timestep_selection first --timestep_fraction 0.6)
         nodes=4 folder=SkyReels-V1-I2V judges_in_full=(--prompts prompts/consisid_heldout/prompts.jsonl "${of_clips[@]}")
         ;;
     *) fail "unknown setting '$1'" ;;
