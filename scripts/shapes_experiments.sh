@@ -4,13 +4,7 @@
 #   bash scripts/shapes_experiments.sh EXPERIMENT SEED [flags of the training script]
 #
 #   paper_form         FLUX, the paper's own form on single objects: constant noise, random 60 % of the steps, 4 updates an iteration
-#   aesthetic          FLUX, a taste that ignores the prompt, with the quickstart's sampler
-#   aesthetic_binary   the same, as 0 or 1 around a threshold
-#   two_rewards        FLUX, what the prompt asks for and the taste, weighted as the paper weights two rewards; CLIP is held out
 #   long               FLUX, the quickstart's recipe for 300 iterations
-#   sd                 Stable Diffusion with guidance: the taste
-#   hunyuan            HunyuanVideo: form and motion of clips
-#   hunyuan_image      HunyuanVideo with one frame: the taste
 #   wan                Wan with guidance: form and motion of clips
 #   skyreels           SkyReels-I2V with guidance: motion of clips, and fidelity to their given first frames
 #
@@ -36,25 +30,7 @@ paper_form)
     flags=(--rewards shapes shapes_strict --num_generations 12 --updates_per_iteration 4 --noise_level 0.7 --timestep_fraction 0.6 --clip_range 1e-4
         --learning_rate 1e-4 --ema_decay 0.98 --iterations 150)
     ;;
-aesthetic) flags=(--rewards aesthetic "${early_noise[@]}" --iterations 60) ;;
-aesthetic_binary) flags=(--rewards aesthetic@0.6 "${early_noise[@]}" --iterations 60) ;;
-two_rewards)
-    flags=(--rewards shapes aesthetic --reward_weights 1.4 0.7 --held_out_rewards clip=shapes/models/clip "${early_noise[@]}" --iterations 160)
-    ;;
 long) flags=(--rewards shapes shapes_strict "${early_noise[@]}" --iterations 300) ;;
-sd)
-    family=sd
-    flags=(--rewards aesthetic --num_generations 16 --best_of_n 8 --noise_level 1 --timestep_fraction 0.6 --guidance_scale 2
-        --learning_rate 2e-4 --ema_decay 0.97 --iterations 40)
-    ;;
-hunyuan)
-    family=hunyuan train=video_train.txt heldout=video_heldout.txt evaluated=(motion visual shapes_strict shapes) images=8
-    flags=(--rewards visual motion "${clips[@]}" "${early_noise[@]}" --iterations 40)
-    ;;
-hunyuan_image)
-    family=hunyuan evaluated=(aesthetic shapes_strict shapes)
-    flags=(--rewards aesthetic "${clips[@]}" "${early_noise[@]}" --num_frames 1 --iterations 40)
-    ;;
 wan)
     family=wan train=video_train.txt heldout=video_heldout.txt evaluated=(motion visual shapes_strict shapes) images=8
     flags=(--rewards visual motion "${clips[@]}" "${early_noise[@]}" --guidance_scale 2 --iterations 40)

@@ -237,7 +237,7 @@ def test_one_at_a_time_works_in_a_folder(tmp_path):
         time.sleep(0.05)
     second = jobs(tmp_path, "second true")
     said, _ = second.communicate(timeout=60)
-    assert (second.returncode, said) == (2, f"error: another run_jobs.py is at work in {tmp_path}\n")
+    assert (second.returncode, said) == (2, f"error: process {first.pid} is at work in {tmp_path}: wait for it, or stop it with kill\n")
     first.communicate(timeout=60)
     assert first.returncode == 0
 

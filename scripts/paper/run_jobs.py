@@ -64,12 +64,15 @@ def main() -> int:
         return 0
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
-    with (folder / "jobs.lock").open("w") as lock_file:
+    with (folder / "jobs.lock").open("a+") as lock_file:
         try:
             fcntl.flock(lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"error: another run_jobs.py is at work in {folder}", file=sys.stderr)
+        except BlockingIOError:  # also what a killed script has left running
+            lock_file.seek(0)
+            print(f"error: process {lock_file.read()} is at work in {folder}: wait for it, or stop it with kill", file=sys.stderr)
             return 2
+        lock_file.truncate(0)
+        print(os.getpid(), end="", file=lock_file, flush=True)
         return run_all(folder, doing, jobs, left)
 
 
