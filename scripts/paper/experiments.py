@@ -61,7 +61,7 @@ class Experiment:
 TASTE, CAPTION = "reward/aesthetic_mean", "reward/clip_mean"
 PICTURES = ("aesthetic", "clip", "shapes", "geneval", "diversity.pixels")
 TASTE_ARMS = {"taste": "taste", "taste_caption": "taste and caption"}
-RATES = ("5e-5", "1e-4", "2e-4", "4e-4")
+RATES = ("5e-5", "1e-4", "2e-4", "4e-4", "8e-4")
 METHODS = {"grpo_": "GRPO", "ddpo_": "DDPO", "dpok_": "DPOK", "refl_": "ReFL", "dpo_": "online DPO"}
 
 EXPERIMENTS = {
