@@ -2,8 +2,7 @@
 # Table 4 and, with DPOK, Table 1: methods on Stable Diffusion, trained on one reward each. See common.sh.
 #
 # Each method has the best of five learning rates for each reward: by the reward at the end of training with seed 9, which is not among SEEDS.
-# Those of GRPO and DDPO are what the grid of the tiny model has shown; the others', and those of real models, have yet to be
-# chosen. DPO's published beta, 5000, is too careful for so few iterations (baselines/README.md).
+# The rates below are what the grid of the tiny model has shown; those of real models have yet to be chosen. DPO's published beta, 5000, is too careful for so few iterations (baselines/README.md).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 method() { # NAME, RATE FOR TASTE, RATE FOR CAPTION, FLAGS. Real models have a tenth of the rates.
     local rate reward
@@ -25,8 +24,8 @@ tuned() { # NAME REWARD FLAGS
     TINY="--learning_rate $rate ${*:3}" REAL=$real arm sd "$1" "$2"
 }
 method grpo 4e-4 2e-4
-method ddpo 2e-4 2e-4
-method dpok 1e-4 1e-4
-method refl 1e-4 1e-4 --last_steps 2
-method dpo 1e-4 1e-4 --beta 500
+method ddpo 8e-4 2e-4
+method dpok 4e-4 2e-4
+method refl 8e-4 4e-4 --last_steps 2
+method dpo 8e-4 2e-4 --beta 500
 run_arms "$@"
