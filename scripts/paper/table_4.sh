@@ -2,7 +2,8 @@
 # Table 4 and, with DPOK, Table 1: methods on Stable Diffusion, trained on one reward each. See common.sh.
 #
 # Each method has the best of five learning rates for each reward: by the reward at the end of training with seed 9, which is not among SEEDS.
-# The rates below are what the grid of the tiny model has shown; those of real models have yet to be chosen. DPO's published beta, 5000, is too careful for so few iterations (baselines/README.md).
+# The rates below are what the grid of the tiny model has shown; those of real models have yet to be chosen. DPO's
+# published beta, 5000, is too careful for so few iterations (baselines/README.md).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 method() { # NAME, RATE FOR TASTE, RATE FOR CAPTION, FLAGS. Real models have a tenth of the rates.
     local rate reward
