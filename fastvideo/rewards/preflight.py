@@ -16,6 +16,7 @@ KNOWN = {
     **dict.fromkeys(("shapes", "shapes_strict", "aesthetic", "visual", "clip", "hpsv2", "pickscore"), CIRCLE),
     "ocr": SIGN,
 }
+OF_MOTION = ("shapes", "shapes_strict")  # ask how the object of a clip moves, and the drawing does not
 SMALL = ("shapes", "shapes_strict", "aesthetic", "motion", "visual")  # take nothing but 32 x 32
 UNCHECKED = {"fidelity", "geneval", "http"}  # by `preflight_alone`: more than a prompt is needed, or another server, which checks itself
 
@@ -38,7 +39,7 @@ def preflight(rewards: dict[str, Reward], media: torch.Tensor, row: dict) -> Non
         plain = inspect.unwrap(reward)  # without a threshold, below which all are equal
         served = getattr(plain, "served", "")  # of `http`: which of a server's rewards it was
         kind = kind_of(served or name)
-        if kind in KNOWN:
+        if kind in KNOWN and not (kind in OF_MOTION and media.ndim == 5):
             pair = torch.stack([drawing(KNOWN[kind], media), noise(media)])
             drawn, random = score({name: plain}, pair, [{"prompt": KNOWN[kind]}] * 2)[name].tolist()
             if drawn < random or (drawn == random and not served):  # the server may have a threshold
