@@ -165,7 +165,7 @@ def table_lines(table: Table, results: Results) -> list[str]:
             continue
         texts = [with_interval(values) for values in cells]
         lines.append(f"| {label} | {' | '.join(texts)} |")
-    return [*lines, "", *([f"The paper: {table.paper}.", ""] if table.paper else [])]
+    return [*lines, "", *([f"The paper: {table.paper}.", ""] if table.paper else [])] if len(lines) > 3 else []
 
 
 def grid_lines(grid: Grid, results: Results) -> list[str]:
@@ -203,7 +203,7 @@ def main() -> None:
             draw(experiment.panels, results, folder / f"{name}.png")
             lines += [f"![{experiment.title}](images/paper_{name}.png)", ""]
         for table in experiment.tables:
-            lines += table_lines(table, results) if any(results.runs(table.setting, arm) for arm in table.arms) else []
+            lines += table_lines(table, results)
         for grid in experiment.grids:
             lines += grid_lines(grid, results)
         blocks[name] = "\n".join([*lines, *claim_lines(experiment.claims, results)])
