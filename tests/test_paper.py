@@ -4,6 +4,7 @@ numbers under it are right."""
 import functools
 import json
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -135,6 +136,13 @@ def results(tmp_path):
             rows = [{"iteration": i, "reward/aesthetic_mean": level + seed / 10 + i / 100} for i in range(1, 9)]
             (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return summary.Results(tmp_path)
+
+
+def test_the_readme_counts_what_the_page_of_results_says():
+    page, readme = ((REPOSITORY / name).read_text() for name in ("docs/results.md", "README.md"))
+    said = re.findall(r"\| (agrees|disagrees|too weak to say) \|$", page, re.MULTILINE)
+    same, other, weak = map(said.count, ("agrees", "disagrees", "too weak to say"))
+    assert f"of {len(said)} statements of the paper {same} come out the same, {other} do not, and {weak} are too weak to say" in readme
 
 
 def test_numbers_of_runs(results):
