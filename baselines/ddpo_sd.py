@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from fastvideo.embeddings.cache import EmbeddingCache
-from fastvideo.embeddings.prompts import shuffled_prompts
+from fastvideo.embeddings.prompts import by_text_length, shuffled_prompts
 from fastvideo.errors import UserError, first_line
 from fastvideo.flags import check_numbers, check_size
 from fastvideo.models.pretrained import load_network, load_pretrained, prepare
@@ -377,7 +377,7 @@ def main() -> None:
 
             # Line 6: their rewards.
             scores = score_samples(trajectory.pop("x0_hat"), prompts, vae, run)
-        rewards = run.of_all_prompts(scores, args.num_generations)
+        rewards = run.of_all_prompts(scores, list(prompts), args.num_generations)
 
         # Lines 7 to 9: advantages over the whole batch, and which samples are worth training on.
         advantages = batch_advantages(rewards, run.weights).clamp(-args.advantage_clip, args.advantage_clip)
@@ -398,10 +398,10 @@ def main() -> None:
 
 
 def draw_prompts(run: Run) -> dict[int, int]:
-    """Of the iteration's P prompts those of this process, with its group of --sp_size: place among the P -> index in the cache."""
+    """Of the iteration's P prompts those of this process and its group of --sp_size, shortest text first: place among the P -> index."""
     drawn = shuffled_prompts(run.cache.num_prompts, run.args.prompts_per_iteration, run.iteration, run.args.seed)
     share = len(drawn) // run.ranks.dp_size
-    return {place: drawn[place] for place in range(run.ranks.dp_rank * share, (run.ranks.dp_rank + 1) * share)}
+    return by_text_length({place: drawn[place] for place in range(run.ranks.dp_rank * share, (run.ranks.dp_rank + 1) * share)}, run.cache)
 
 
 def draw_steps(samples: list[tuple], run: Run) -> Tensor:

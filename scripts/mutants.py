@@ -420,8 +420,8 @@ MUTANTS = [
     Mutant(
         "run: scores of other processes' places",
         RUN,
-        "everywhere[ranks.dp_rank, ranks.sp_rank",
-        "everywhere[-1 - ranks.dp_rank, ranks.sp_rank",
+        "own = samples[places]",
+        "own = samples[[-1 - place for place in places]]",
         WIRING,
     ),
     Mutant(

@@ -6,6 +6,8 @@ what all scripts share.)
 
 import importlib
 import json
+import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -203,6 +205,43 @@ def test_what_stands_in_padded_text_changes_nothing(policy, family):
     with torch.no_grad():
         expected, found = (module.predict(transformer, z_t, schedule[step], c) for c in (cond, spoilt))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_attention_has_no_masks(policy, family, monkeypatch):
+    """Flash kernels know none. Each call of a forward and a backward pass is counted, at the launch script's batch sizes and with 8 texts.
+
+    HunyuanVideo's token refiner alone, which sees no more than the text, has masks; everywhere else a text is as long as it is.
+    """
+    module, args, transformer, vae, cache, schedule = policy
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, key, value, attn_mask=None, **others):
+        calls.append((key.shape[2], len(key), attn_mask is not None))
+        return attention(query, key, value, attn_mask=attn_mask, **others)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    launch = (REPOSITORY / "scripts" / f"train_{family.name}.sh").read_text()
+    sizes = {int(size) for size in re.findall(r"--(?:rollout|micro)_batch_size (\d+)", launch)}
+    transformer.enable_gradient_checkpointing()
+    for size in sizes | {8}:
+        calls.clear()
+        cond, steps = module.load_cond(cache, list(range(size)), transformer, vae, args), torch.arange(size) % 4
+        z_t = initial_noise(module, transformer, vae, args, size)
+        when = (steps, schedule) if family.name == "sd" else (schedule[steps],)
+        module.predict(transformer, z_t, *when, cond).square().sum().backward()
+        masks = [tensor for name, tensor in cond.items() if name.endswith("attention_mask")]
+        lengths = torch.cat(masks).sum(1).int().tolist() if masks else []
+        masked, rows = [tokens for tokens, _, mask in calls if mask], Counter()
+        for tokens, count, mask in calls:
+            rows[tokens] += count * (not mask)
+        assert masked == [max(lengths)] * transformer.config.num_refiner_layers if masks else masked == []
+        if masks:
+            image = z_t[0, 0].numel() // transformer.config.patch_size**2
+            blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+            assert +rows == Counter({image + length: 2 * blocks * count for length, count in Counter(lengths).items()})
+    assert sizes and rows.total()
+    transformer.disable_gradient_checkpointing()
+    transformer.zero_grad()
 
 
 def test_gradients_flow_through_both_branches_of_guidance(policy, family):

@@ -22,7 +22,7 @@ from fastvideo.parallel.sequence_parallel import SequenceParallelProcessor, join
 
 @lru_cache(maxsize=1)  # the blocks of a pass are all given the same mask: the GPU is waited for once, not in each of them
 def true_lengths(mask: torch.Tensor) -> tuple[int, ...]:
-    """How many tokens of each row count, which are its first ones. mask: (B, ..., tokens); one without contents, as a plan's, masks none."""
+    """How many tokens of each row count, which are its first ones. mask: (B, ..., tokens); without contents, as in plans, it masks none."""
     if mask.is_meta or isinstance(mask, FakeTensor):
         return (mask.shape[-1],) * len(mask)
     return tuple(mask.flatten(1).sum(1, dtype=torch.int).tolist())
