@@ -8,8 +8,10 @@ import importlib
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +158,35 @@ def test_ratio_is_1_before_the_first_update(policy, family, rollout_batch_size, 
         assert log_prob.requires_grad
         deviations.append((log_prob - transitions["old_log_prob"]).exp().sub(1).abs().max().item())
     assert max(deviations) < 1e-6
+
+
+@pytest.mark.parametrize("rollout_batch_size", [1, 3])
+def test_steps_before_the_window_are_made_once_for_samples_of_the_same_noise(policy, family, monkeypatch, rollout_batch_size):
+    """Each sample's trajectory is the one that it has alone: bit for bit if all batches have one row, as then it alone has."""
+    module, args, transformer, vae, cache, schedule = policy
+    args = replace(args, sde_window=(2, 2), num_generations=2, updates_per_iteration=1)
+    cond, shape = module.load_cond(cache, [0, 1], transformer, vae, args), module.latent_shape(transformer, vae, args)
+    samples, trained_steps = [(place, g) for place in (5, 3) for g in range(2)], torch.tensor([[2, 3]] * 4)
+
+    def generators(purpose: str, keys: list) -> list[torch.Generator]:
+        return [keyed_generator(0, purpose, *key) for key in keys]
+
+    made, predict = [], module.predict
+    monkeypatch.setattr(module, "predict", lambda *given: made.append(len(given[1])) or predict(*given))
+    run = SimpleNamespace(args=args, policy=transformer, device=torch.device("cpu"), sampling=nullcontext, generators=generators)
+    run.batches = lambda count: torch.arange(count).split(rollout_batch_size)
+    found = module.sample_groups(samples, cond, trained_steps, schedule, shape, run)
+    assert sum(made) == 2 * 2 + (args.sampling_steps - 2) * 4
+    for i, sample in enumerate(samples):
+        own = (
+            {name: tensor[[i // 2]] for name, tensor in cond.items()},
+            torch.randn(1, *shape, generator=generators("initial_noise", [sample[:1]])[0]),
+        )
+        noise = generators("step_noise", [sample])
+        kept, x0_hat = module.rollout(transformer, *own, schedule, module.noise_levels(schedule, args), noise, trained_steps[[i]])
+        for name, expected in (kept | {"x0_hat": x0_hat}).items():
+            tolerance = {"atol": 0, "rtol": 0} if rollout_batch_size == 1 else {"atol": 1e-4, "rtol": 1e-4}
+            torch.testing.assert_close(found[name][[i]], expected, **tolerance)
 
 
 def assert_noise_0_is_the_pipeline(policy, family, transformer, monkeypatch) -> None:
