@@ -88,9 +88,10 @@ def measure(module: ModuleType, model: FullSize, args: Any, sp_size: int) -> dic
     with FakeTensorMode(allow_non_fake_inputs=True):
         network, vae = (part.to_empty(device="cpu") for part in (network, vae))
         vae.use_tiling = vae.use_slicing = getattr(args, "vae_tiling", False)
-        if model.family.parallelize:
-            group = dist.group.WORLD if sp_size > 1 else None
-            parallelize(model.script.removeprefix("train_grpo_"), network, Ranks(0, sp_size, torch.device("cpu"), sp_size, group))
+        if sp_size > 1:
+            parallelize(
+                model.script.removeprefix("train_grpo_"), network, Ranks(0, sp_size, torch.device("cpu"), sp_size, dist.group.WORLD)
+            )
         if args.gradient_checkpointing:
             network.enable_gradient_checkpointing()
         weights, trained = list(network.parameters()), [weight for weight in network.parameters() if weight.requires_grad]
