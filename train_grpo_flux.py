@@ -167,7 +167,7 @@ def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[FluxTrans
     scale = 2 * 2 ** (len(vae.config.block_out_channels) - 1)  # pixels to a packed latent token: 16 for FLUX.1
     check_size(vars(args), pixels=scale)
     parallelize(transformer, ranks)
-    return prepare(transformer, args.attention, args.lora_rank, args.seed, args.gradient_checkpointing, args.compile, ranks.device), vae
+    return prepare(transformer, args.attention, args.lora_rank, args.seed, args.gradient_checkpointing, ranks.device), vae
 
 
 def latent_shape(transformer: FluxTransformer2DModel, vae: AutoencoderKL, args: Args) -> tuple[int, ...]:

@@ -188,7 +188,7 @@ def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[UNet2DCon
     vae = load_pretrained(AutoencoderKL, args.model, "vae", torch_dtype=dtype).to(ranks.device).eval().requires_grad_(False)
     scale = 2 ** (len(vae.config.block_out_channels) + len(unet.config.block_out_channels) - 2)  # to the UNet's coarsest grid: 64 for v1.4
     check_size(vars(args), pixels=scale)
-    return prepare(unet, args.attention, args.lora_rank, args.seed, args.gradient_checkpointing, args.compile, ranks.device), vae
+    return prepare(unet, args.attention, args.lora_rank, args.seed, args.gradient_checkpointing, ranks.device), vae
 
 
 def latent_shape(unet: UNet2DConditionModel, vae: AutoencoderKL, args: Args) -> tuple[int, ...]:

@@ -178,7 +178,7 @@ def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[HunyuanVi
     check_size(vars(args), pixels=scale, frames=vae.config.temporal_compression_ratio)
     vae.use_tiling = vae.use_slicing = args.vae_tiling
     parallelize(transformer, ranks)
-    return prepare(transformer, args.attention, args.lora_rank, args.seed, args.gradient_checkpointing, args.compile, ranks.device), vae
+    return prepare(transformer, args.attention, args.lora_rank, args.seed, args.gradient_checkpointing, ranks.device), vae
 
 
 def latent_shape(transformer: HunyuanVideoTransformer3DModel, vae: AutoencoderKLHunyuanVideo, args: Args) -> tuple[int, ...]:

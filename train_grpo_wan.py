@@ -175,7 +175,7 @@ def load_models(args: Args, dtype: torch.dtype, ranks: Ranks) -> tuple[WanTransf
     check_size(vars(args), pixels=scale, frames=vae.config.scale_factor_temporal)
     vae.use_tiling = vae.use_slicing = args.vae_tiling
     parallelize(transformer, ranks)
-    return prepare(transformer, args.attention, args.lora_rank, args.seed, args.gradient_checkpointing, args.compile, ranks.device), vae
+    return prepare(transformer, args.attention, args.lora_rank, args.seed, args.gradient_checkpointing, ranks.device), vae
 
 
 def latent_shape(transformer: WanTransformer3DModel, vae: AutoencoderKLWan, args: Args) -> tuple[int, ...]:

@@ -53,7 +53,7 @@ SHARED_FLAGS = {
     "sampling_steps", "noise_level", "noise_schedule", "timestep_fraction", "timestep_selection", "shared_noise", "clip_range",
     "advantage_clip", "best_of_n", "rewards", "reward_weights", "held_out_rewards", "learning_rate",
     "weight_decay", "max_grad_norm", "lr_warmup_steps", "ema_decay",
-    "kl_weight", "lora_rank", "old_log_prob", "zero_stage", "offload", "dtype", "attention", "compile", "gradient_checkpointing", "height",
+    "kl_weight", "lora_rank", "old_log_prob", "zero_stage", "offload", "dtype", "attention", "gradient_checkpointing", "height",
     "width", "rollout_batch_size", "micro_batch_size", "gather_for_rollout", "timeout_minutes", "resume", "checkpoint_every",
     "keep_checkpoints", "sample_every", "trackers",
 }

@@ -134,16 +134,11 @@ def add_lora(model: ModelMixin, rank: int, seed: int) -> None:
 
 
 def prepare(
-    network: ModelMixin, attention: str, lora_rank: int, seed: int, gradient_checkpointing: bool, compiled: bool, device: torch.device
+    network: ModelMixin, attention: str, lora_rank: int, seed: int, gradient_checkpointing: bool, device: torch.device
 ) -> ModelMixin:
-    """`network` ready for the engine: in training mode, with its attention backend (`set_attention`) and its adapter (`add_lora`).
-
-    compiled: torch.compile what diffusers calls its repeated blocks, each kind once.
-    """
+    """`network` ready for the engine: in training mode, with its attention backend (`set_attention`) and its adapter (`add_lora`)."""
     set_attention(network, attention, device)
     add_lora(network, lora_rank, seed)
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    if compiled:
-        network.compile_repeated_blocks()
     return network.train()

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 import tyro
 
-from fastvideo.errors import UserError, launch_rank
+from fastvideo.errors import launch_rank
 from fastvideo.flags import check_numbers
 from fastvideo.rewards import check_rewards
 
@@ -64,8 +64,6 @@ class RunFlags:
     """A diffusers attention backend: native, flash, ... (auto: flash where flash-attn is installed, else native)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass, to save memory."""
-    compile: bool = False
-    """Compile the network's repeated blocks, which takes minutes at the start. Only with --old_log_prob recompute, below --zero_stage 3."""
     rollout_batch_size: int = 8
     """Samples drawn at once by each process."""
     micro_batch_size: int = 4
@@ -98,10 +96,6 @@ class RunFlags:
             "at least 0 and below 1": "ema_decay",
         }
         check_numbers(vars(self), rules)
-        if self.compile and getattr(self, "old_log_prob", "recompute") != "recompute":
-            raise UserError(f"--compile rounds differently in sampling and in updates: not with --old_log_prob {self.old_log_prob}")
-        if self.compile and self.zero_stage == 3:
-            raise UserError("--compile cannot be had at --zero_stage 3, which fetches weights inside the blocks that would be compiled")
 
 
 def parse(flags: type[Flags], description: str) -> Flags:

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "deepspeed", "peft", "safetens
 # fmt: off
 FREE = {
     "embeddings", "output_dir", "iterations", "held_out_rewards", "zero_stage", "sp_size", "gather_for_rollout", "offload", "dtype",
-    "attention", "compile", "gradient_checkpointing", "vae_tiling", "rollout_batch_size", "micro_batch_size", "timeout_minutes", "resume",
+    "attention", "gradient_checkpointing", "vae_tiling", "rollout_batch_size", "micro_batch_size", "timeout_minutes", "resume",
     "allow_changed_args", "stop_on_collapse", "checkpoint_every", "keep_checkpoints", "sample_every", "trackers",
 }
 # fmt: on
