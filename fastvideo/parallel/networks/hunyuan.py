@@ -20,19 +20,30 @@ from fastvideo.parallel.distributed import Ranks
 from fastvideo.parallel.sequence_parallel import SequenceParallelProcessor, joint_attention, sequence_group, share_tokens
 
 
-@lru_cache(maxsize=1)  # the blocks of a pass are all given the same mask: the GPU is waited for once, not in each of them
+@lru_cache(maxsize=1)  # the steps of a rollout are given the same mask: the GPU is waited for in the first of them alone
 def true_lengths(mask: torch.Tensor) -> tuple[int, ...]:
-    """How many tokens of each row count, which are its first ones. mask: (B, ..., tokens); without contents, as in plans, it masks none."""
+    """How many tokens each text has, which are its first ones. mask: (B, tokens); without contents, as in plans, it masks none."""
     if mask.is_meta or isinstance(mask, FakeTensor):
-        return (mask.shape[-1],) * len(mask)
-    return tuple(mask.flatten(1).sum(1, dtype=torch.int).tolist())
+        return (mask.shape[1],) * len(mask)
+    return tuple(mask.sum(1, dtype=torch.int).tolist())
 
 
-def cut_text(transformer: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """A forward pass's arguments without the text tokens that are padding in all rows."""
-    lengths = true_lengths(kwargs["encoder_attention_mask"])
-    assert min(lengths) > 0, "a prompt without a token"
-    return args, kwargs | {name: kwargs[name][:, : max(lengths)] for name in ("encoder_hidden_states", "encoder_attention_mask")}
+def cut_text(transformer: HunyuanVideoTransformer3DModel) -> None:
+    """Let `transformer` leave out text tokens that are padding in all rows, and tell its attention the lengths of the texts.
+
+    They go with the tables of the rotary embedding, as a third of these: so each block has those of its own pass as an argument, also
+    where a backward pass computes it again.
+    """
+    lengths = ()
+
+    def cut(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        nonlocal lengths
+        lengths = true_lengths(kwargs["encoder_attention_mask"])
+        assert min(lengths) > 0, "a prompt without a token"
+        return args, kwargs | {name: kwargs[name][:, : max(lengths)] for name in ("encoder_hidden_states", "encoder_attention_mask")}
+
+    transformer.register_forward_pre_hook(cut, with_kwargs=True)
+    transformer.rope.register_forward_hook(lambda module, args, tables: (*tables, lengths))
 
 
 def attend_to_lengths(
@@ -56,8 +67,8 @@ def attend_to_lengths(
 class HunyuanProcessor(SequenceParallelProcessor):
     """diffusers' HunyuanVideoAttnProcessor2_0 without its masks, for this process's image tokens and all text tokens.
 
-    The text comes last in HunyuanVideo's sequence. The rotary embedding has the rows of all image tokens; the mask, from which the rows'
-    lengths are taken, is that of this process's image tokens, which are never masked, and of the text.
+    The text comes last in HunyuanVideo's sequence. The rotary embedding has the rows of all image tokens, and behind them `cut_text`'s
+    lengths of the texts, which take the mask's place.
     """
 
     def __call__(
@@ -66,14 +77,15 @@ class HunyuanProcessor(SequenceParallelProcessor):
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor,
         attention_mask: torch.Tensor,
-        image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor, tuple[int, ...]],
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        num_image = len(image_rotary_emb[0])
+        *tables, text_lengths = image_rotary_emb
+        num_image = len(tables[0])
         image_projections = attn.to_q, attn.to_k, attn.to_v
         query, key, value = (projection(hidden_states).unflatten(2, (attn.heads, -1)) for projection in image_projections)
         query, key = attn.norm_q(query), attn.norm_k(key)
         own = self.group.own(num_image) if self.group else slice(None)
-        rows = [table[own] for table in image_rotary_emb]
+        rows = [table[own] for table in tables]
         query, key = (apply_rotary_emb(tensor, rows, sequence_dim=1) for tensor in (query, key))
 
         separate = attn.add_q_proj is not None  # a double-stream block; in single-stream ones text and image have the same weights
@@ -82,7 +94,7 @@ class HunyuanProcessor(SequenceParallelProcessor):
         text = [projection(encoder_hidden_states).unflatten(2, (attn.heads, -1)) for projection in projections]
         text = norm_query(text[0]), norm_key(text[1]), text[2]
 
-        lengths = tuple(length + num_image - hidden_states.shape[1] for length in true_lengths(attention_mask))  # of the whole sequence
+        lengths = tuple(num_image + length for length in text_lengths)
         attend = partial(attend_to_lengths, lengths=lengths, backend=self._attention_backend)
         if self.group:
             image, text = joint_attention(attend, (query, key, value), text, num_image, self.group)
@@ -99,7 +111,7 @@ def parallelize(transformer: HunyuanVideoTransformer3DModel, ranks: Ranks) -> No
     """See `fastvideo.parallel.networks`. At any sp_size attention is called without masks."""
     group = sequence_group(transformer, ranks)
     blocks = *transformer.transformer_blocks, *transformer.single_transformer_blocks
-    transformer.register_forward_pre_hook(cut_text, with_kwargs=True)
+    cut_text(transformer)
     for block in blocks:
         block.attn.set_processor(HunyuanProcessor(group))
     if group is None:
