@@ -21,7 +21,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from fastvideo.embeddings.cache import EmbeddingCache
-from fastvideo.embeddings.prompts import shuffled_prompts
+from fastvideo.embeddings.prompts import by_text_length, shuffled_prompts
 from fastvideo.errors import UserError, first_line
 from fastvideo.flags import check_numbers, check_size
 from fastvideo.models.pretrained import load_network, load_pretrained, prepare
@@ -240,19 +240,18 @@ def decode(vae: AutoencoderKL, x0_hat: Tensor, args: Args) -> Tensor:
 
 @torch.no_grad()
 def rollout(
-    unet: nn.Module, cond: dict, z_1: Tensor, schedule: Schedule, noise_levels: list, generators: list, trained_steps: Tensor
+    unet: nn.Module, cond: dict, z_t: Tensor, schedule: Schedule, levels: list, generators: list, trained_steps: Tensor, first: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Sample one trajectory for each row of z_1, keeping only the transitions that will be trained.
+    """Sample one trajectory for each row of z_t, the latents before step `first`, keeping only the transitions that will be trained.
 
-    cond: tensors (B, ...). z_1: (B, *latent) float32. schedule: of T steps. noise_levels: T numbers, 0 for a DDIM step.
+    cond: tensors (B, ...). z_t: (B, *latent) float32. schedule: of T steps. levels: of noise in all steps to the last, 0 for a DDIM step.
     generators: B torch.Generator, for the noise of each sample's steps. trained_steps: (B, K) step indices.
-    Returns trajectories, {"step", "noise_level", "old_log_prob": (B, K), "z_t", "z_s": (B, K, *latent)}, and clean latents (B, *latent).
+    Returns trajectories, {"step", "noise_level", "old_log_prob": (B, K), "z_t", "z_s": (B, K, *latent)}, and last latents (B, *latent).
     """
-    levels = z_1.new_tensor(noise_levels, dtype=torch.float64)[trained_steps]
-    kept = {"step": trained_steps, "noise_level": levels, "old_log_prob": z_1.new_zeros(trained_steps.shape)}
-    kept |= {name: z_1.new_zeros(*trained_steps.shape, *z_1.shape[1:]) for name in ("z_t", "z_s")}
-    z_t = z_1
-    for step, noise_level in enumerate(noise_levels):
+    trained_levels = z_t.new_tensor(levels, dtype=torch.float64)[trained_steps]
+    kept = {"step": trained_steps, "noise_level": trained_levels, "old_log_prob": z_t.new_zeros(trained_steps.shape)}
+    kept |= {name: z_t.new_zeros(*trained_steps.shape, *z_t.shape[1:]) for name in ("z_t", "z_s")}
+    for step, noise_level in enumerate(levels[first:], first):
         eps_hat = predict(unet, z_t, torch.full((len(z_t),), step, device=z_t.device), schedule, cond)
         noise = torch.stack([torch.randn(z_t.shape[1:], generator=g) for g in generators]).to(z_t) if noise_level else None
         z_s, log_prob, _ = sde_step(z_t, eps_hat, schedule.alpha_bar_t[step], schedule.alpha_bar_s[step], noise_level, noise=noise)
@@ -377,7 +376,7 @@ def main() -> None:
 
             # Line 6: their rewards.
             scores = score_samples(trajectory.pop("x0_hat"), prompts, vae, run)
-        rewards = run.of_all_prompts(scores, args.num_generations)
+        rewards = run.of_all_prompts(scores, list(prompts), args.num_generations)
 
         # Lines 7 to 9: advantages over the whole batch, and which samples are worth training on.
         advantages = batch_advantages(rewards, run.weights).clamp(-args.advantage_clip, args.advantage_clip)
@@ -398,10 +397,10 @@ def main() -> None:
 
 
 def draw_prompts(run: Run) -> dict[int, int]:
-    """Of the iteration's P prompts those of this process, with its group of --sp_size: place among the P -> index in the cache."""
+    """Of the iteration's P prompts those of this process and its group of --sp_size, shortest text first: place among the P -> index."""
     drawn = shuffled_prompts(run.cache.num_prompts, run.args.prompts_per_iteration, run.iteration, run.args.seed)
     share = len(drawn) // run.ranks.dp_size
-    return {place: drawn[place] for place in range(run.ranks.dp_rank * share, (run.ranks.dp_rank + 1) * share)}
+    return by_text_length({place: drawn[place] for place in range(run.ranks.dp_rank * share, (run.ranks.dp_rank + 1) * share)}, run.cache)
 
 
 def draw_steps(samples: list[tuple], run: Run) -> Tensor:
@@ -412,15 +411,17 @@ def draw_steps(samples: list[tuple], run: Run) -> Tensor:
 
 def sample_groups(samples: list, cond: dict, trained_steps: Tensor, schedule: Schedule, shape: tuple, run: Run) -> dict:
     """`rollout` of all samples, in batches: their trajectories {name: (samples, K, ...)}, and clean latents "x0_hat" (samples, *shape)."""
-    args, parts, levels = run.args, [], noise_levels(schedule, run.args)
+    args, parts, levels, G = run.args, [], noise_levels(schedule, run.args), run.args.num_generations
+    starts, first = ([key[:1] for key in samples[::G]], args.stochastic_steps.start) if args.shared_noise else (samples, 0)
+    z_t = torch.stack([torch.randn(shape, generator=generator) for generator in run.generators("initial_noise", starts)]).to(run.device)
     with run.sampling():
+        for batch in run.batches(len(starts)) if first else ():  # samples with the same noise part at the first stochastic step
+            batch_cond = {name: tensor[batch] for name, tensor in cond.items()}
+            _, z_t[batch] = rollout(run.policy, batch_cond, z_t[batch], schedule, levels[:first], [], trained_steps[batch, :0])
         for batch in run.batches(len(samples)):
-            keys = [samples[i] for i in batch]
-            initial = run.generators("initial_noise", [key[:1] if args.shared_noise else key for key in keys])
-            z_1 = torch.stack([torch.randn(shape, generator=generator) for generator in initial]).to(run.device)
-            batch_cond = {name: tensor[batch.to(run.device) // args.num_generations] for name, tensor in cond.items()}
-            noise = run.generators("step_noise", keys)
-            kept, x0_hat = rollout(run.policy, batch_cond, z_1, schedule, levels, noise, trained_steps[batch])
+            batch_cond = {name: tensor[batch // G] for name, tensor in cond.items()}
+            start, noise = z_t[batch * len(starts) // len(samples)], run.generators("step_noise", [samples[i] for i in batch])
+            kept, x0_hat = rollout(run.policy, batch_cond, start, schedule, levels, noise, trained_steps[batch], first)
             parts.append(kept | {"x0_hat": x0_hat})
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 
@@ -458,9 +459,8 @@ def split_into_updates(args: Args, ranks: Ranks) -> list[Tensor]:
 @torch.no_grad()
 def score_before_updates(updates: list[Tensor], trajectory: dict, cond: dict, schedule: Schedule, run: Run) -> None:
     """Add what updates compare with, by passes in their own batches: log-probs of the old policy, and u_ref of the initial one for a KL."""
-    args, passes = run.args, {}
-    if args.old_log_prob == "recompute":
-        passes["old_log_prob"] = nullcontext(run.policy)
+    args = run.args
+    passes = {"old_log_prob": nullcontext(run.policy)} if args.old_log_prob == "recompute" else {}
     if run.reference:
         passes["u_ref"], trajectory["u_ref"] = run.reference.applied(), torch.zeros_like(trajectory["z_t"])
     for name, network in passes.items():

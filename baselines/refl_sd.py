@@ -28,7 +28,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 
 from fastvideo.embeddings.cache import EmbeddingCache
-from fastvideo.embeddings.prompts import shuffled_prompts
+from fastvideo.embeddings.prompts import by_text_length, shuffled_prompts
 from fastvideo.errors import UserError, first_line
 from fastvideo.flags import check_numbers, check_size
 from fastvideo.models.pretrained import load_network, load_pretrained, prepare
@@ -228,17 +228,16 @@ def decode(vae: AutoencoderKL, x0_hat: Tensor, args: Args) -> Tensor:
 # Own
 @torch.no_grad()
 def rollout(
-    unet: nn.Module, cond: dict, z_1: Tensor, schedule: Schedule, noise_levels: list, generators: list, trained_steps: Tensor
+    unet: nn.Module, cond: dict, z_t: Tensor, schedule: Schedule, levels: list, generators: list, trained_steps: Tensor, first: int = 0
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Sample one trajectory for each row of z_1, keeping where it is before the step that will be trained.
+    """Sample one trajectory for each row of z_t, the latents before step `first`, keeping where it is before the step that will be trained.
 
-    cond: tensors (B, ...). z_1: (B, *latent) float32. schedule: of T steps. noise_levels: T numbers, 0 for a DDIM step.
+    cond: tensors (B, ...). z_t: (B, *latent) float32. schedule: of T steps. levels: of noise in all steps to the last, 0 for a DDIM step.
     generators: B torch.Generator, for the noise of each sample's steps. trained_steps: (B, K) step indices.
-    Returns {"step": (B, K), "z_t": (B, K, *latent)}, and the clean latents (B, *latent).
+    Returns {"step": (B, K), "z_t": (B, K, *latent)}, and the last latents (B, *latent).
     """
-    kept = {"step": trained_steps, "z_t": z_1.new_zeros(*trained_steps.shape, *z_1.shape[1:])}
-    z_t = z_1
-    for step, noise_level in enumerate(noise_levels):
+    kept = {"step": trained_steps, "z_t": z_t.new_zeros(*trained_steps.shape, *z_t.shape[1:])}
+    for step, noise_level in enumerate(levels[first:], first):
         eps_hat = predict(unet, z_t, torch.full((len(z_t),), step, device=z_t.device), schedule, cond)
         noise = torch.stack([torch.randn(z_t.shape[1:], generator=g) for g in generators]).to(z_t) if noise_level else None
         z_s, _, _ = sde_step(z_t, eps_hat, schedule.alpha_bar_t[step], schedule.alpha_bar_s[step], noise_level, noise=noise)
@@ -314,7 +313,7 @@ def main() -> None:
 
             # Line 6: their rewards, which are only logged.
             scores = score_samples(trajectory.pop("x0_hat"), prompts, vae, run)
-        rewards = run.of_all_prompts(scores, args.num_generations)
+        rewards = run.of_all_prompts(scores, list(prompts), args.num_generations)
 
         # The rewards of one prediction of each, with gradients.
         with run.timed("update"):
@@ -330,10 +329,10 @@ def main() -> None:
 
 
 def draw_prompts(run: Run) -> dict[int, int]:
-    """Of the iteration's P prompts those of this process, with its group of --sp_size: place among the P -> index in the cache."""
+    """Of the iteration's P prompts those of this process and its group of --sp_size, shortest text first: place among the P -> index."""
     drawn = shuffled_prompts(run.cache.num_prompts, run.args.prompts_per_iteration, run.iteration, run.args.seed)
     share = len(drawn) // run.ranks.dp_size
-    return {place: drawn[place] for place in range(run.ranks.dp_rank * share, (run.ranks.dp_rank + 1) * share)}
+    return by_text_length({place: drawn[place] for place in range(run.ranks.dp_rank * share, (run.ranks.dp_rank + 1) * share)}, run.cache)
 
 
 # Own
@@ -345,15 +344,17 @@ def draw_steps(samples: list[tuple], run: Run) -> Tensor:
 
 def sample_groups(samples: list, cond: dict, trained_steps: Tensor, schedule: Schedule, shape: tuple, run: Run) -> dict:
     """`rollout` of all samples, in batches: their trajectories {name: (samples, K, ...)}, and clean latents "x0_hat" (samples, *shape)."""
-    args, parts, levels = run.args, [], noise_levels(schedule, run.args)
+    args, parts, levels, G = run.args, [], noise_levels(schedule, run.args), run.args.num_generations
+    starts, first = ([key[:1] for key in samples[::G]], args.stochastic_steps.start) if args.shared_noise else (samples, 0)
+    z_t = torch.stack([torch.randn(shape, generator=generator) for generator in run.generators("initial_noise", starts)]).to(run.device)
     with run.sampling():
+        for batch in run.batches(len(starts)) if first else ():  # samples with the same noise part at the first stochastic step
+            batch_cond = {name: tensor[batch] for name, tensor in cond.items()}
+            _, z_t[batch] = rollout(run.policy, batch_cond, z_t[batch], schedule, levels[:first], [], trained_steps[batch, :0])
         for batch in run.batches(len(samples)):
-            keys = [samples[i] for i in batch]
-            initial = run.generators("initial_noise", [key[:1] if args.shared_noise else key for key in keys])
-            z_1 = torch.stack([torch.randn(shape, generator=generator) for generator in initial]).to(run.device)
-            batch_cond = {name: tensor[batch.to(run.device) // args.num_generations] for name, tensor in cond.items()}
-            noise = run.generators("step_noise", keys)
-            kept, x0_hat = rollout(run.policy, batch_cond, z_1, schedule, levels, noise, trained_steps[batch])
+            batch_cond = {name: tensor[batch // G] for name, tensor in cond.items()}
+            start, noise = z_t[batch * len(starts) // len(samples)], run.generators("step_noise", [samples[i] for i in batch])
+            kept, x0_hat = rollout(run.policy, batch_cond, start, schedule, levels, noise, trained_steps[batch], first)
             parts.append(kept | {"x0_hat": x0_hat})
     return {name: torch.cat([part.pop(name) for part in parts]) for name in list(parts[0])}
 

@@ -18,6 +18,7 @@ from fastvideo.parallel import distributed
 from fastvideo.parallel.networks import flux, hunyuan, wan
 
 TEXT_LENGTH = 5
+LENGTHS = (5, 5), (3, 5), (2, 2)  # of two samples: whole texts, one with padding, both
 SIZES = {"even": (2, 4, 4), "odd": (3, 3, 3), "few": (1, 2, 2)}  # frames, rows, columns of image tokens
 NETWORKS = {  # name -> (its parallelize, whether it has a text mask)
     "flux": (flux.parallelize, False),
@@ -48,7 +49,9 @@ def network(name: str, heads: int) -> torch.nn.Module:
     return model.double().train()
 
 
-def inputs(name: str, size: tuple[int, int, int], padded: bool) -> dict[str, torch.Tensor]:
+def inputs(name: str, size: tuple[int, int, int], lengths: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """For two samples, whose texts have `lengths` tokens before their padding, if the network masks any."""
+
     def random(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
@@ -63,9 +66,8 @@ def inputs(name: str, size: tuple[int, int, int], padded: bool) -> dict[str, tor
     channels = 8 if name == "skyreels" else 4
     cond = {"hidden_states": random(2, channels, frames, 2 * rows, 2 * columns), "timestep": 1000 * random(2).abs()}
     if name != "wan":
-        mask = torch.ones(2, TEXT_LENGTH)
-        mask[1, 2:] = 0 if padded else 1
-        cond |= {"encoder_attention_mask": mask, "pooled_projections": random(2, 20)}
+        mask = torch.arange(TEXT_LENGTH) < torch.tensor(lengths)[:, None]
+        cond |= {"encoder_attention_mask": mask.double(), "pooled_projections": random(2, 20)}
     if name in ("hunyuan", "skyreels"):
         cond["guidance"] = torch.full((2,), 6018.0)
     return text | cond
@@ -78,6 +80,12 @@ def output_and_gradients(model: torch.nn.Module, arguments: dict) -> tuple[torch
     return output.detach(), {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
 
+def worst_error(gradients: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """The largest difference of a parameter's gradient from the expected one, by the largest element of that; rounding counts as none."""
+    differences = {name: (gradients[name] - gradient).abs().max().item() for name, gradient in expected.items()}
+    return max(expected[name].abs().max().reciprocal().item() * error if error > 1e-14 else 0.0 for name, error in differences.items())
+
+
 def main() -> None:
     torch.Tensor.float = torch.Tensor.double  # Wan computes its norms and gates in float32 whatever the weights are: not here
     world_size = int(sys.argv[2])
@@ -85,22 +93,19 @@ def main() -> None:
     errors = {}
     numbers_of_heads, sizes = ((4, 7), SIZES) if sys.argv[3] == "all" else ((7,), ("odd",))
     for (name, (parallelize, has_mask)), heads, size in itertools.product(NETWORKS.items(), numbers_of_heads, sizes):
-        for padded, checkpointing in itertools.product((False, True) if has_mask else (False,), (False, True)):
+        for lengths, checkpointing in itertools.product(LENGTHS if has_mask else LENGTHS[:1], (False, True)):
             whole, split = network(name, heads), network(name, heads)
             parallelize(split, ranks)
             if checkpointing:
                 split.enable_gradient_checkpointing()
-            arguments = inputs(name, SIZES[size], padded)
+            arguments = inputs(name, SIZES[size], lengths)
             expected, expected_gradients = output_and_gradients(whole, arguments)
             output, gradients = output_and_gradients(split, arguments)
-            worst = 0.0
-            for parameter, gradient in expected_gradients.items():
-                mean = gradients[parameter].clone()  # over all processes, as ZeRO takes it
-                dist.all_reduce(mean)
-                difference = (mean / world_size - gradient).abs().max().item()
-                worst = max(worst, difference / gradient.abs().max().item() if difference > 1e-14 else 0.0)
-            case = f"{name}-{heads}_heads-{size}-{'padded' if padded else 'full'}-{'checkpointing' if checkpointing else 'plain'}"
-            row = {"output": (output - expected).abs().max().item(), "gradient": worst, "parameters": len(expected_gradients)}
+            for gradient in gradients.values():  # over all processes, as ZeRO takes it
+                dist.all_reduce(gradient.div_(world_size))
+            case = f"{name}-{heads}_heads-{size}-{lengths[0]}+{lengths[1]}_text-{'checkpointing' if checkpointing else 'plain'}"
+            row = {"output": (output - expected).abs().max().item(), "gradient": worst_error(gradients, expected_gradients)}
+            row["parameters"] = len(expected_gradients)
             rows = distributed.all_gather_object(row)
             errors[case] = {key: max(row[key] for row in rows) for key in row}
             assert gradients.keys() == expected_gradients.keys()

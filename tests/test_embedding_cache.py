@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from fastvideo.embeddings import fingerprint
 from fastvideo.embeddings.cache import EmbeddingCache, write_cache
 from fastvideo.embeddings.fingerprint import check_encoder, encoder_fingerprint
-from fastvideo.embeddings.prompts import read_prompts
+from fastvideo.embeddings.prompts import by_text_length, read_prompts
 from fastvideo.errors import UserError
 from fastvideo.models.tokenizers import own_digest
 from fastvideo.parallel.distributed import Ranks, init
@@ -88,6 +88,18 @@ def test_rows_read_back_in_any_order(cache_dir):
         assert actual[key].dtype == expected[key].dtype
         assert torch.equal(actual[key], expected[key])
     assert cache.tensors["half"] == {"dtype": "BF16", "shape": [5]}
+
+
+def test_prompts_with_a_text_mask_are_put_in_order_of_their_length(cache_dir, ranks, tmp_path):
+    drawn = {4: 2, 5: 0, 6: 5, 7: 1}
+    assert list(by_text_length(drawn, EmbeddingCache(cache_dir)).items()) == list(drawn.items())  # no text mask
+    lengths = torch.tensor([3, 1, 3, 4, 2, 2, 4])
+
+    def masks(rows: list[dict]) -> dict[str, torch.Tensor]:
+        return {"prompt_attention_mask": torch.arange(4) < lengths[[row["extra"] for row in rows]][:, None]}
+
+    write_cache(tmp_path / "masked", ROWS, masks, FINGERPRINT, ranks, shard_size=3, batch_size=2)
+    assert list(by_text_length(drawn, EmbeddingCache(tmp_path / "masked")).items()) == [(7, 1), (6, 5), (4, 2), (5, 0)]
 
 
 def test_collective_open(cache_dir, ranks):

@@ -6,8 +6,12 @@ what all scripts share.)
 
 import importlib
 import json
-from dataclasses import dataclass
+import re
+from collections import Counter
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -156,6 +160,35 @@ def test_ratio_is_1_before_the_first_update(policy, family, rollout_batch_size, 
     assert max(deviations) < 1e-6
 
 
+@pytest.mark.parametrize("rollout_batch_size", [1, 3])
+def test_steps_before_the_window_are_made_once_for_samples_of_the_same_noise(policy, family, monkeypatch, rollout_batch_size):
+    """Each sample's trajectory is the one that it has alone: bit for bit if all batches have one row, as then it alone has."""
+    module, args, transformer, vae, cache, schedule = policy
+    args = replace(args, sde_window=(2, 2), num_generations=2, updates_per_iteration=1)
+    cond, shape = module.load_cond(cache, [0, 1], transformer, vae, args), module.latent_shape(transformer, vae, args)
+    samples, trained_steps = [(place, g) for place in (5, 3) for g in range(2)], torch.tensor([[2, 3]] * 4)
+
+    def generators(purpose: str, keys: list) -> list[torch.Generator]:
+        return [keyed_generator(0, purpose, *key) for key in keys]
+
+    made, predict = [], module.predict
+    monkeypatch.setattr(module, "predict", lambda *given: made.append(len(given[1])) or predict(*given))
+    run = SimpleNamespace(args=args, policy=transformer, device=torch.device("cpu"), sampling=nullcontext, generators=generators)
+    run.batches = lambda count: torch.arange(count).split(rollout_batch_size)
+    found = module.sample_groups(samples, cond, trained_steps, schedule, shape, run)
+    assert sum(made) == 2 * 2 + (args.sampling_steps - 2) * 4
+    for i, sample in enumerate(samples):
+        own = (
+            {name: tensor[[i // 2]] for name, tensor in cond.items()},
+            torch.randn(1, *shape, generator=generators("initial_noise", [sample[:1]])[0]),
+        )
+        noise = generators("step_noise", [sample])
+        kept, x0_hat = module.rollout(transformer, *own, schedule, module.noise_levels(schedule, args), noise, trained_steps[[i]])
+        for name, expected in (kept | {"x0_hat": x0_hat}).items():
+            tolerance = {"atol": 0, "rtol": 0} if rollout_batch_size == 1 else {"atol": 1e-4, "rtol": 1e-4}
+            torch.testing.assert_close(found[name][[i]], expected, **tolerance)
+
+
 def assert_noise_0_is_the_pipeline(policy, family, transformer, monkeypatch) -> None:
     """The same latents and media as the whole pipeline, text encoders and all, gives with `transformer` and evaluate.py's settings."""
     module, args, _, vae, cache, schedule = policy
@@ -203,6 +236,43 @@ def test_what_stands_in_padded_text_changes_nothing(policy, family):
     with torch.no_grad():
         expected, found = (module.predict(transformer, z_t, schedule[step], c) for c in (cond, spoilt))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_attention_has_no_masks(policy, family, monkeypatch):
+    """Flash kernels know none. Each call of a forward and a backward pass is counted, at the launch script's batch sizes and with 8 texts.
+
+    HunyuanVideo's token refiner alone, which sees no more than the text, has masks; everywhere else a text is as long as it is.
+    """
+    module, args, transformer, vae, cache, schedule = policy
+    calls, attention = [], torch.nn.functional.scaled_dot_product_attention
+
+    def counted(query, key, value, attn_mask=None, **others):
+        calls.append((key.shape[2], len(key), attn_mask is not None))
+        return attention(query, key, value, attn_mask=attn_mask, **others)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", counted)
+    launch = (REPOSITORY / "scripts" / f"train_{family.name}.sh").read_text()
+    sizes = {int(size) for size in re.findall(r"--(?:rollout|micro)_batch_size (\d+)", launch)}
+    transformer.enable_gradient_checkpointing()
+    for size in sizes | {8}:
+        calls.clear()
+        cond, steps = module.load_cond(cache, list(range(size)), transformer, vae, args), torch.arange(size) % 4
+        z_t = initial_noise(module, transformer, vae, args, size)
+        when = (steps, schedule) if family.name == "sd" else (schedule[steps],)
+        module.predict(transformer, z_t, *when, cond).square().sum().backward()
+        masks = [tensor for name, tensor in cond.items() if name.endswith("attention_mask")]
+        lengths = torch.cat(masks).sum(1).int().tolist() if masks else []
+        masked, rows = [tokens for tokens, _, mask in calls if mask], Counter()
+        for tokens, count, mask in calls:
+            rows[tokens] += count * (not mask)
+        assert masked == [max(lengths)] * transformer.config.num_refiner_layers if masks else masked == []
+        if masks:
+            image = z_t[0, 0].numel() // transformer.config.patch_size**2
+            blocks = len(transformer.transformer_blocks) + len(transformer.single_transformer_blocks)
+            assert +rows == Counter({image + length: 2 * blocks * count for length, count in Counter(lengths).items()})
+    assert sizes and rows.total()
+    transformer.disable_gradient_checkpointing()
+    transformer.zero_grad()
 
 
 def test_gradients_flow_through_both_branches_of_guidance(policy, family):

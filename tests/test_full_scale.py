@@ -14,6 +14,7 @@ import evaluate
 from benchmarks.fake import FakeCache, PeakMemory, make_schedule
 from benchmarks.full_size import MODELS
 from fastvideo.models.families.family import Family
+from fastvideo.parallel.distributed import Ranks
 
 
 def in_bfloat16(kind: type, config: dict) -> torch.nn.Module:
@@ -37,6 +38,8 @@ def test_a_rollout_and_an_update_at_full_size(model, tmp_path):
     with FakeTensorMode(allow_non_fake_inputs=True):
         transformer, vae = (in_bfloat16(*parts) for parts in (model.network, model.vae))
         assert sum(parameter.numel() for parameter in transformer.parameters()) == model.parameters
+        if model.family.parallelize:
+            module.parallelize(transformer, Ranks(0, 1, torch.device("cpu")))
         transformer.train()
         vae.requires_grad_(False)
         assert module.latent_shape(transformer, vae, args) == model.latents

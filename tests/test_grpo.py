@@ -11,8 +11,10 @@ import train_grpo_flux
 from fastvideo.embeddings.prompts import shuffled_prompts
 from fastvideo.errors import UserError
 from fastvideo.models.families import FAMILIES
+from fastvideo.parallel import distributed
 from fastvideo.parallel.distributed import Ranks, keyed_generator
 from fastvideo.runs.guards import check_ratio
+from fastvideo.runs.run import Run
 from train_grpo_flux import best_of_n, group_advantages, grpo_loss, reference_kl, sde_step, select_timesteps
 
 
@@ -153,6 +155,20 @@ def test_the_last_transition_is_never_stochastic(name):
     for window in ((2, 5), (-1, 3), (6, 1), (1, 0)):
         with pytest.raises(UserError, match=f"--sde_window {window[0]} {window[1]} must lie within the first 6 of --sampling_steps 7"):
             script.Args(**flags, sde_window=window)
+
+
+@pytest.mark.parametrize(("sp_size", "places"), [(1, [[2, 0], [3, 1]]), (2, [[1, 3, 0, 2]] * 2)])
+def test_scores_come_to_the_places_of_their_prompts(monkeypatch, sp_size, places):
+    """On two processes, by their own or sharing each sample. The score of sample g of the prompt at a place is 10 place + g."""
+    summands = []
+    monkeypatch.setattr(distributed, "all_reduce_sum", lambda values: summands.append(values) or values)
+    for rank in range(2):
+        run = Run.__new__(Run)
+        run.ranks, run.device, run.rewards = Ranks(rank, 2, torch.device("cpu"), sp_size), torch.device("cpu"), {"a": None}
+        run.args = SimpleNamespace(prompts_per_iteration=4, rollout_batch_size=2)
+        samples = torch.tensor([10.0 * place + g for place in places[rank] for g in range(3)])
+        run.of_all_prompts([{"a": samples[batch]} for batch in run.shared(len(samples))], places[rank], 3)
+    assert sum(summands).view(4, 3).tolist() == [[10 * place + g for g in range(3)] for place in range(4)]
 
 
 def test_every_epoch_visits_every_prompt_once_in_an_order_of_its_own():

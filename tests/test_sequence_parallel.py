@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_script
+from sequence_parallel_worker import LENGTHS, SIZES, inputs, network, output_and_gradients, worst_error
 
 from fastvideo.errors import UserError
+from fastvideo.models.pretrained import add_lora
+from fastvideo.parallel.distributed import Ranks
+from fastvideo.parallel.networks import hunyuan
 from fastvideo.parallel.sequence_parallel import SequenceGroup, share_tokens
 
 WORKER = Path(__file__).with_name("sequence_parallel_worker.py")
@@ -21,11 +25,36 @@ def test_outputs_and_gradients_are_those_of_one_process(tmp_path, processes, sco
     result = run_script(WORKER, tmp_path / "errors.json", processes, scope, processes=processes, log=tmp_path / "log")
     assert result.returncode == 0, result.stderr
     errors = json.loads((tmp_path / "errors.json").read_text())
-    assert len(errors) == (3 * 2 + 2) * 2 * (1 if scope == "odd" else 2 * 3)
+    assert len(errors) == (3 * 3 + 2) * 2 * (1 if scope == "odd" else 2 * 3)
     for case, error in errors.items():
         assert error["output"] < 1e-12, case
         assert error["gradient"] < 1e-10, case
         assert error["parameters"] > 50, case
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["all_weights", "lora"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
+@pytest.mark.parametrize("name", ["hunyuan", "skyreels", "hunyuan_i2v"])
+def test_without_masks_outputs_and_gradients_are_diffusers(name, lengths, checkpointing, lora):
+    """In float64, on one process: diffusers' network as it is, which masks what the other one leaves out."""
+    arguments = inputs(name, SIZES["odd"], lengths)
+    masked, cut = network(name, 3), network(name, 3)
+    hunyuan.parallelize(cut, Ranks(0, 1, torch.device("cpu")))
+    for model in (masked, cut):
+        if lora:
+            add_lora(model, rank=2, seed=0)
+            torch.manual_seed(1)
+            for weight in [weight for weight in model.parameters() if weight.requires_grad]:
+                torch.nn.init.normal_(weight, std=0.3)  # they begin at 0
+    if checkpointing:
+        cut.enable_gradient_checkpointing()
+    expected, expected_gradients = output_and_gradients(masked, arguments)
+    output, gradients = output_and_gradients(cut, arguments)
+    assert gradients.keys() == expected_gradients.keys()
+    assert len(gradients) > (20 if lora else 50)
+    assert (output - expected).abs().max() < 1e-12
+    assert worst_error(gradients, expected_gradients) < 1e-12
 
 
 def places(size: int) -> list[SequenceGroup]:

@@ -114,13 +114,16 @@ distributed.run(main)
 
 
 class Iteration:
-    """What one iteration did. rollouts, scores, steps: of each process, in order. updates: of each process, lists of micro-batches."""
+    """What one iteration did. beginnings (before the window), rollouts, scores, steps: of each process, in order. updates: of each process,
+    lists of micro-batches.
+    """
 
     def __init__(self, number: int, events: list[list[dict]]):
         self.number = number
-        self.rollouts, self.scores, self.updates, self.steps = [], [], [], []
+        self.beginnings, self.rollouts, self.scores, self.updates, self.steps = [], [], [], [], []
         for own in events:
-            self.rollouts.append(rollouts_of(own))
+            self.beginnings.append([rollout for rollout in rollouts_of(own) if len(rollout["levels"]) < T])
+            self.rollouts.append([rollout for rollout in rollouts_of(own) if len(rollout["levels"]) == T])
             self.scores.append([(decoded, scored) for decoded, scored in zip(named(own, "decode"), named(own, "score"), strict=True)])
             self.steps.append(named(own, "step"))
             ends = [index + 2 for index, event in enumerate(own) if event["name"] == "step"]  # behind the `backward` that it is part of
@@ -221,49 +224,59 @@ def whole(iteration: Iteration, rank: int) -> dict[str, torch.Tensor]:
 
 
 def test_each_sample_starts_from_its_keys_and_is_conditioned_on_its_prompt(recorded, prompts, cache):
-    """The prompts are those of the epoch's order, each once, and those of the two processes are different ones."""
+    """The prompts are those of the epoch's order, each once, and those of the two processes are different ones. A prompt's samples, whose
+    noise is the same, begin as one.
+    """
     texts = EmbeddingCache(cache)
     for iteration in recorded[0]:
         drawn = prompts[iteration.number]
         for rank in range(PROCESSES):
             samples = samples_of(rank)
-            assert [len(rollout["z_1"]) for rollout in iteration.rollouts[rank]] == [5, 5, 2]
-            z_1 = torch.cat([rollout["z_1"] for rollout in iteration.rollouts[rank]])
+            assert [len(rollout["z_t"]) for rollout in iteration.rollouts[rank]] == [5, 5, 2]
+            z_t = torch.cat([rollout["z_t"] for rollout in iteration.rollouts[rank]])
+            (beginning,) = iteration.beginnings[rank]
+            assert len(beginning["z_t"]) == P // PROCESSES
             embeds = torch.cat([rollout["cond"]["prompt_embeds"] for rollout in iteration.rollouts[rank]])
             pooled = torch.cat([rollout["cond"]["pooled_prompt_embeds"] for rollout in iteration.rollouts[rank]])
             for i, (place, _) in enumerate(samples):
-                assert torch.equal(z_1[i], torch.randn(16, 16, generator=key("initial_noise", iteration.number, place)))
+                once = place % (P // PROCESSES)
+                assert torch.equal(beginning["z_t"][once], torch.randn(16, 16, generator=key("initial_noise", iteration.number, place)))
+                assert torch.equal(z_t[i], beginning["result"][1][once])
                 row = texts.get([drawn[place]])
                 assert torch.equal(embeds[i], row["prompt_embeds"][0]) and torch.equal(pooled[i], row["pooled_prompt_embeds"][0])
+                assert torch.equal(beginning["cond"]["prompt_embeds"][once], embeds[i])
+                assert torch.equal(beginning["cond"]["pooled_prompt_embeds"][once], pooled[i])
     assert not set(prompts[1].values()) & set(prompts[2].values())
 
 
 def test_rollouts_follow_the_sde_with_each_samples_own_noise(recorded):
     """Euler steps outside the window, noise within it; kept is what the trained steps of each sample's key saw, did and gave."""
     for iteration, rank in product(recorded[0], range(PROCESSES)):
-        samples, trajectory, first = samples_of(rank), whole(iteration, rank), 0
-        for rollout in iteration.rollouts[rank]:
-            assert len(rollout["predictions"]) == T
-            noise = [key("step_noise", iteration.number, *samples[first + i]) for i in range(len(rollout["z_1"]))]
-            latents = [rollout["z_1"], *(prediction["z_t"] for prediction in rollout["predictions"][1:]), rollout["result"][1]]
-            for step, prediction in enumerate(rollout["predictions"]):
-                assert torch.equal(prediction["z_t"], latents[step])
-                assert prediction["t"].tolist() == pytest.approx([times()[step]] * len(noise), abs=1e-6)
+        samples, trajectory, done = samples_of(rank), whole(iteration, rank), 0
+        for rollout in chain(iteration.beginnings[rank], iteration.rollouts[rank]):
+            beginning, rows = len(rollout["levels"]) < T, len(rollout["z_t"])
+            own = [] if beginning else samples[done : done + rows]
+            noise = [key("step_noise", iteration.number, *sample) for sample in own]
+            steps = range(STOCHASTIC[0]) if beginning else range(STOCHASTIC[0], T)
+            latents = [rollout["z_t"], *(prediction["z_t"] for prediction in rollout["predictions"][1:]), rollout["result"][1]]
+            for step, prediction, z_t, z_s in zip(steps, rollout["predictions"], latents[:-1], latents[1:], strict=True):
+                assert torch.equal(prediction["z_t"], z_t)
+                assert prediction["t"].tolist() == pytest.approx([times()[step]] * rows, abs=1e-6)
                 assert torch.equal(prediction["cond"]["prompt_embeds"], rollout["cond"]["prompt_embeds"])
-                for i, generator in enumerate(noise):
-                    mean, std = transition(latents[step][i], prediction["result"][i], step)
-                    drawn = torch.randn(16, 16, generator=generator) if std else torch.zeros(16, 16)
-                    torch.testing.assert_close(latents[step + 1][i].double(), mean + std * drawn.double(), atol=1e-4, rtol=1e-4)
-                    chosen = trained_steps(iteration.number, *samples[first + i])
-                    assert trajectory["step"][first + i].tolist() == chosen
+                for i in range(rows):
+                    mean, std = transition(z_t[i], prediction["result"][i], step)
+                    drawn = torch.randn(16, 16, generator=noise[i]) if std else torch.zeros(16, 16)
+                    torch.testing.assert_close(z_s[i].double(), mean + std * drawn.double(), atol=1e-4, rtol=1e-4)
+                    chosen = [] if beginning else trained_steps(iteration.number, *own[i])
+                    assert beginning or trajectory["step"][done + i].tolist() == chosen
                     if step in chosen:
                         k = chosen.index(step)
-                        assert torch.equal(trajectory["z_t"][first + i, k], latents[step][i])
-                        assert torch.equal(trajectory["z_s"][first + i, k], latents[step + 1][i])
+                        assert torch.equal(trajectory["z_t"][done + i, k], z_t[i])
+                        assert torch.equal(trajectory["z_s"][done + i, k], z_s[i])
                         gaussian = torch.distributions.Normal(mean, std)
-                        expected = gaussian.log_prob(latents[step + 1][i].double()).mean().item()
-                        assert trajectory["old_log_prob"][first + i, k].item() == pytest.approx(expected, abs=1e-4)
-            first += len(noise)
+                        expected = gaussian.log_prob(z_s[i].double()).mean().item()
+                        assert trajectory["old_log_prob"][done + i, k].item() == pytest.approx(expected, abs=1e-4)
+            done += len(own)
         assert len({tuple(steps) for steps in trajectory["step"].tolist()}) > 1
         assert not torch.isin(trajectory["step"], torch.tensor([0, T - 1])).any()
 
@@ -483,10 +496,10 @@ def test_what_is_exported_and_drawn_is_the_moving_average(recorded, cache):
     model, texts, pictures = network(average), EmbeddingCache(cache), []
     for rank in range(PROCESSES):
         (rollout,) = rollouts_of(rest[rank])
-        assert rollout["noise_levels"] == [0.0] * T
+        assert rollout["levels"] == [0.0] * T
         for i, place in enumerate(range(rank * 4, rank * 4 + 4)):
             z = torch.randn(16, 16, generator=key("pictures", place))
-            assert torch.equal(rollout["z_1"][i], z)
+            assert torch.equal(rollout["z_t"][i], z)
             cond = {name: tensor[i] for name, tensor in rollout["cond"].items()}
             assert torch.equal(cond["prompt_embeds"], texts.get([place])["prompt_embeds"][0])
             for t, s in zip(times(), times()[1:]):

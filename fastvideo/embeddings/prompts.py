@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
+from fastvideo.embeddings.cache import EmbeddingCache
 from fastvideo.errors import UserError
-from fastvideo.parallel.distributed import keyed_generator
+from fastvideo.parallel.distributed import keyed_generator, together
 
 # Control characters that a prompt may not have: in a text file all but tabs, in JSON all but tabs and line breaks.
 CONTROL = {".txt": re.compile(r"[\x00-\x08\n-\x1f\x7f-\x9f]"), ".jsonl": re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")}
@@ -88,3 +89,14 @@ def shuffled_prompts(num_prompts: int, prompts_per_iteration: int, iteration: in
     epochs = {place // num_prompts for place in places}
     orders = {epoch: torch.randperm(num_prompts, generator=keyed_generator(seed, "prompt_order", epoch)) for epoch in epochs}
     return [orders[place // num_prompts][place % num_prompts].item() for place in places]
+
+
+def by_text_length(prompts: dict[int, int], cache: EmbeddingCache) -> dict[int, int]:
+    """Collective. Prompts, place -> index in `cache`, from the shortest text to the longest if the cache has them padded, else as given.
+
+    So a batch seldom has texts of several lengths, which a network would have to pad.
+    """
+    if "prompt_attention_mask" not in cache.tensors:
+        return prompts
+    lengths = together(lambda: cache.get(list(prompts.values())))["prompt_attention_mask"].sum(1).tolist()
+    return {place: prompts[place] for _, place in sorted(zip(lengths, prompts))}

@@ -134,16 +134,10 @@ def add_lora(model: ModelMixin, rank: int, seed: int) -> None:
 
 
 def prepare(
-    network: ModelMixin,
-    attention: str,
-    lora_rank: int,
-    seed: int,
-    gradient_checkpointing: bool,
-    device: torch.device,
-    padded_text: bool = False,
+    network: ModelMixin, attention: str, lora_rank: int, seed: int, gradient_checkpointing: bool, device: torch.device
 ) -> ModelMixin:
     """`network` ready for the engine: in training mode, with its attention backend (`set_attention`) and its adapter (`add_lora`)."""
-    set_attention(network, attention, device, padded_text=padded_text)
+    set_attention(network, attention, device)
     add_lora(network, lora_rank, seed)
     if gradient_checkpointing:
         network.enable_gradient_checkpointing()

@@ -8,11 +8,11 @@ from diffusers import ModelMixin
 from fastvideo.errors import UserError
 
 
-def set_attention(model: ModelMixin, backend: str, device: torch.device, padded_text: bool = False) -> None:
-    """Make `model` use a diffusers attention backend: native (PyTorch's own, without cuDNN's), flash, flash_varlen, ...
+def set_attention(model: ModelMixin, backend: str, device: torch.device) -> None:
+    """Make `model` use a diffusers attention backend: native (PyTorch's own, without cuDNN's), flash, _flash_3, ...
 
-    "auto" takes flash-attn where it is installed and usable (bfloat16 on a GPU), else native. padded_text: the network masks padded text
-    tokens, for which flash-attn's kernel is flash_varlen. Raises UserError for a backend that is unknown, missing, or of no effect.
+    "auto" takes flash-attn where it is installed and usable (bfloat16 on a GPU), else native. Raises UserError for a backend that is
+    unknown, missing, or of no effect.
     """
     if device.type == "cuda":
         # PyTorch prefers cuDNN's kernel on Hopper, whose backward pass gave infinite gradients and crashes with short texts (docs/gpu.md).
@@ -20,7 +20,7 @@ def set_attention(model: ModelMixin, backend: str, device: torch.device, padded_
     takes_backends = any(hasattr(getattr(module, "processor", None), "_attention_backend") for module in model.modules())
     if backend == "auto":
         usable = takes_backends and device.type == "cuda" and model.dtype == torch.bfloat16 and importlib.util.find_spec("flash_attn")
-        backend = ("flash_varlen" if padded_text else "flash") if usable else "native"
+        backend = "flash" if usable else "native"
     if backend == "native":
         return
     if not takes_backends:

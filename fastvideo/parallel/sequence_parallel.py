@@ -172,12 +172,12 @@ def _gather_heads(output: torch.Tensor, num_heads: int, group: SequenceGroup) ->
 
 
 class SequenceParallelProcessor:
-    """Base of attention processors that know with whom they share the tokens."""
+    """Base of attention processors that know with whom they share the tokens; None: with nobody."""
 
     _attention_backend = None  # set by diffusers' set_attention_backend
     _parallel_config = None  # diffusers' own context parallelism: not used
 
-    def __init__(self, group: SequenceGroup):
+    def __init__(self, group: SequenceGroup | None):
         self.group = group
 
 

@@ -144,14 +144,14 @@ class Run:
         """Of `count` samples, which a sequence-parallel group has in common, this process's share of the work, in batches of indices."""
         return torch.arange(count)[self.ranks.sp_rank :: self.ranks.sp_size].split(self.args.rollout_batch_size)
 
-    def of_all_prompts(self, scores: list[dict[str, torch.Tensor]], num_generations: int) -> dict[str, torch.Tensor]:
-        """Collective. Scores of the batches that `shared` gave this process, name -> (B,), as (P, G) of all prompts on all processes."""
-        gathered, ranks = {}, self.ranks
+    def of_all_prompts(self, scores: list[dict[str, torch.Tensor]], places: list[int], num_generations: int) -> dict[str, torch.Tensor]:
+        """Collective. Scores of the batches that `shared` gave this process, whose prompts are at `places`, as (P, G) of all prompts."""
+        gathered, samples = {}, torch.arange(self.args.prompts_per_iteration * num_generations).view(-1, num_generations)
+        own = samples[places].flatten()[self.ranks.sp_rank :: self.ranks.sp_size].to(self.device)
         for name in self.rewards:
-            own = torch.cat([batch[name] for batch in scores]) if scores else torch.empty(0)
-            everywhere = torch.zeros(ranks.dp_size, self.args.prompts_per_iteration // ranks.dp_size * num_generations, device=self.device)
-            everywhere[ranks.dp_rank, ranks.sp_rank :: ranks.sp_size] = own.to(everywhere)
-            gathered[name] = distributed.all_reduce_sum(everywhere).cpu().view(-1, num_generations)
+            everywhere = torch.zeros(samples.numel(), device=self.device)
+            everywhere[own] = torch.cat([everywhere[:0], *(batch[name].to(everywhere) for batch in scores)])
+            gathered[name] = distributed.all_reduce_sum(everywhere).cpu().view_as(samples)
         return gathered
 
     @contextmanager
